@@ -1,0 +1,102 @@
+"""Messages between controller and workers: FastChat's, with more keys from workers of our own."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.wire import Wire
+
+
+class WorkerStatus(Wire):
+    """Answer of ``/worker_get_status`` and part of a registration. FastChat's workers send the first three keys."""
+
+    model_names: list[str]
+    speed: Annotated[float, Field(allow_inf_nan=False)] = 1
+    queue_length: int = 0
+    running: int | None = None
+    last_progress_s: float | None = None  # seconds since the engine's last step; None while it is idle
+    incarnation: str | None = None  # new at every start of the worker; set by our own workers only
+    methods: list[str] = []
+    heart_beat_s: float | None = None  # how often this worker beats
+    draining: bool = False
+
+
+class RegisterWorker(Wire):
+    """Body of ``/register_worker``."""
+
+    worker_name: str
+    check_heart_beat: bool = True
+    worker_status: WorkerStatus | None = None
+    multimodal: bool = False
+
+
+class HeartBeat(Wire):
+    """Body of ``/receive_heart_beat``; the answer is :class:`HeartBeatReply`."""
+
+    worker_name: str
+    queue_length: int
+    running: int | None = None
+    last_progress_s: float | None = None
+    incarnation: str | None = None
+    methods: list[str] = []
+    draining: bool = False
+
+
+class HeartBeatReply(Wire):
+    """``exist`` false asks the worker to register again."""
+
+    exist: bool
+
+
+class UnregisterWorker(Wire):
+    """Body of ``/unregister_worker``: the worker leaves; it takes no new request from now on."""
+
+    worker_name: str
+
+
+class ModelQuery(Wire):
+    """Body of ``/get_worker_address``, ``/get_worker_count`` and other calls that name a model."""
+
+    model: str | None = None
+    prompt: str | None = None
+
+
+class ConvTemplate(Wire):
+    """FastChat's conversation template. ``sep_style`` is one of 1 to 7, on which all its versions agree."""
+
+    name: str
+    system_template: str = "{system_message}"
+    system_message: str = ""
+    roles: list[str] = ["USER", "ASSISTANT"]
+    messages: list[list[str | None]] = []
+    offset: int = 0
+    sep_style: int
+    sep: str = "\n"
+    sep2: str | None = None
+    stop_str: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+
+
+class ModelDetails(Wire):
+    """Answer of ``/model_details``."""
+
+    context_length: int
+    methods: list[str] = []
+
+
+class EmbeddingsParams(Wire):
+    """Body of ``/worker_get_embeddings``."""
+
+    model: str | None = None
+    input: list[str] = []
+    encoding_format: str | None = None
+
+
+class WorkerTraceParams(Wire):
+    """Body of APAR's ``/worker_trace``: prompts that already carry their template."""
+
+    model: str | None = None
+    prompts: str | list[str]
+    max_length: Annotated[int, Field(gt=0)] = 2048
+    max_batch_size: int = 32
+    max_depth: int = 2
