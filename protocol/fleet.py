@@ -1,17 +1,22 @@
 """Messages between controller and workers: FastChat's, with more keys from workers of our own."""
 
+import math
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from protocol.wire import Wire
+
+
+def _usable_speed(speed: float) -> float:
+    return speed if math.isfinite(speed) and speed > 0 else 1.0
 
 
 class WorkerStatus(Wire):
     """Answer of ``/worker_get_status`` and part of a registration. FastChat's workers send the first three keys."""
 
     model_names: list[str]
-    speed: Annotated[float, Field(allow_inf_nan=False)] = 1
+    speed: Annotated[float, AfterValidator(_usable_speed)] = 1  # relative; what is no speed counts as 1
     queue_length: int = 0
     running: int | None = None
     last_progress_s: float | None = None  # seconds since the engine's last step; None while it is idle
@@ -100,3 +105,27 @@ class WorkerTraceParams(Wire):
     max_length: Annotated[int, Field(gt=0)] = 2048
     max_batch_size: int = 32
     max_depth: int = 2
+
+
+class FleetWorker(Wire):
+    """One worker as ``/fleet`` shows it."""
+
+    name: str
+    models: list[str]
+    methods: list[str] = []
+    health: str  # ok, suspect, draining or stalled; only an ok worker is chosen
+    load: int  # requests on it: in flight, external at its last report, addresses handed out since
+    in_flight: int  # those that came through this controller
+    queue_length: int  # as last reported
+    running: int | None = None
+    speed: float
+    own: bool  # one of polydecode's workers, not FastChat's
+    multimodal: bool = False
+    last_beat_s: float  # seconds since its last sign of life
+
+
+class Fleet(Wire):
+    """Answer of ``/fleet``: every worker of the controller's table."""
+
+    dispatch_method: str
+    workers: list[FleetWorker]

@@ -60,10 +60,10 @@ class TraceSummary(Wire):
     tokens_per_step: float
     mean_acceptance_length: float
     acceptance_histogram: list[int]  # index = accepted rows in a thread-step
-    ttft_ms: float | None
+    ttft_ms: float | None = None
     tokens_per_s: float
     kv_peak_tokens: int
-    finish_reason: str | None
+    finish_reason: str | None = None
 
 
 class RequestTrace(Wire):

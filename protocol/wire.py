@@ -31,7 +31,18 @@ def parse_body(kind: type[Message], body: bytes) -> Message:
         raise RequestError(ErrorCode.VALIDATION_TYPE_ERROR, f"the body is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise RequestError(ErrorCode.VALIDATION_TYPE_ERROR, "the body must be a JSON object")
+    if b"\\ud" in body.lower() and _has_lone_surrogate(content):
+        raise RequestError(ErrorCode.VALIDATION_TYPE_ERROR, "the body's text is not valid Unicode: a lone surrogate")
     return parse_object(kind, content)
+
+
+def _has_lone_surrogate(content: object) -> bool:
+    """Half a character, which JSON can escape but no encoding can carry."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def parse_object(kind: type[Message], content: object) -> Message:

@@ -1,0 +1,82 @@
+"""What a decoding method is: it drafts a token tree for each of its threads, and learns from what became of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from workers.model.sampling import Sampling
+from workers.model.tree import Needs, TokenTree
+
+
+class DraftThread(Protocol):
+    """What a method sees of a generation thread.
+
+    Attributes:
+        token_ids: the whole path, prompt and answer.
+        prompt_length: how many of them are the prompt.
+        remaining: tokens that the thread may still emit.
+        state: the method's own memory of this thread; it dies with the thread.
+    """
+
+    token_ids: list[int]
+    state: dict[str, Any]
+
+    @property
+    def prompt_length(self) -> int: ...
+
+    @property
+    def sampling(self) -> Sampling: ...
+
+    @property
+    def remaining(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one thread's draft in a step.
+
+    Attributes:
+        tree: the draft.
+        rows: accepted rows, in path order.
+        token_ids: what was committed to the thread: the accepted tokens and the one that follows, after all cuts.
+        step_logits, step_hidden: the whole step's; ``logit_rows`` and ``hidden_rows`` pick this thread's.
+    """
+
+    tree: TokenTree
+    rows: list[int]
+    token_ids: list[int]
+    step_logits: torch.Tensor
+    step_hidden: torch.Tensor | None
+    logit_rows: range
+    hidden_rows: range
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """float[n, vocabulary] (a view) of the rows that asked for them: the root first, then tree rows in order."""
+        return self.step_logits[self.logit_rows.start : self.logit_rows.stop]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """float[m, hidden] (a view) likewise. Raises ValueError if no row of the step asked."""
+        if self.step_hidden is None:
+            raise ValueError("no row asked for its hidden state")
+        return self.step_hidden[self.hidden_rows.start : self.hidden_rows.stop]
+
+
+class Method(ABC):
+    """One decoding method. It keeps nothing between steps but ``thread.state``."""
+
+    name: str
+    root_needs: Needs = Needs.LOGITS
+
+    @abstractmethod
+    def draft(self, threads: Sequence[DraftThread], budget: int) -> list[TokenTree]:
+        """One tree of at most ``budget`` rows a thread, from the step of the thread's last prompt chunk on."""
+
+    def observe(  # noqa: B027 - most methods learn nothing
+        self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]
+    ) -> None:
+        """Learn from a step; called with the threads of the preceding ``draft`` that are still alive."""

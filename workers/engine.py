@@ -1,0 +1,309 @@
+"""The engine: one model on one device, one thread that runs it, any number of requests."""
+
+import logging
+import os
+import platform
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+
+from protocol.errors import ErrorCode, RequestError
+from protocol.generation import GenerateParams
+from protocol.trace import TraceHeader
+from protocol.wire import parse_object
+from workers.core import EngineCore
+from workers.decoding.registry import UnknownMethod, method_class
+from workers.metrics import EngineCounters, EngineStatus
+from workers.model.checkpoint import Checkpoint, ModelLoadError, load_checkpoint, stop_token_ids
+from workers.model.runner import ModelRunner
+from workers.prompts import PromptRenderer
+from workers.request import Event, Request, Sink
+from workers.resolve import Limits, resolve
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_REQUESTS = 16
+DEFAULT_QUEUE = 256
+BASELINE = "vanilla"  # always allowed
+
+
+class Engine:
+    """Load a model once, then generate from any number of threads.
+
+    Requests of all callers share forward passes. Close the engine (or use it in a ``with`` block) to stop its thread.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        methods: Sequence[str] = (BASELINE,),
+        kv_tokens: int | None = None,
+        max_requests: int = DEFAULT_REQUESTS,
+        max_queue: int = DEFAULT_QUEUE,
+        conv_template: str | None = None,
+    ) -> None:
+        """See :meth:`load`."""
+        names = tuple(dict.fromkeys([*methods, BASELINE]))
+        try:
+            decoders = {name: method_class(name)() for name in names}
+            self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
+        except (UnknownMethod, ValueError) as error:
+            raise ModelLoadError(str(error)) from error
+        self.name = checkpoint.name
+        self.methods = names
+        self.tokenizer = checkpoint.tokenizer
+        runner = ModelRunner(checkpoint.model, kv_tokens=kv_tokens)
+        self.context_length = runner.context_length
+        self._limits = Limits(runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), names)
+        self._core = EngineCore(
+            runner,
+            checkpoint.tokenizer,
+            decoders,
+            max_requests=max_requests,
+            describe=self._describe,
+            on_close=self._forget,
+        )
+        self._max_open = max_requests + max_queue
+        self._open: set[int] = set()
+        self._jobs: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._last_step = perf_counter()
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        model_path: str,
+        *,
+        method: str | Sequence[str] = BASELINE,
+        device: str | None = None,
+        dtype: str | None = None,
+        **options: Any,
+    ) -> "Engine":
+        """Load an embedded model's name, a folder, a GGUF file or a hub id.
+
+        Args:
+            model_path: what to load.
+            method: the methods to serve; the first is the default of :meth:`generate`.
+            device: torch's name; by default the first GPU, else the CPU.
+            dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU and bfloat16 on a GPU.
+            options: ``kv_tokens`` (rows of KV; by default from free memory), ``max_requests`` (running at a time),
+                ``max_queue`` (waiting), ``conv_template`` (one of FastChat's).
+
+        Raises:
+            ModelLoadError: the model cannot be served; one line.
+        """
+        place = _device(device)
+        checkpoint = load_checkpoint(model_path, dtype=_dtype(dtype, place), device=place)
+        return cls(checkpoint, methods=[method] if isinstance(method, str) else method, **options)
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: str | list[dict[str, str]], *, method: str | None = None, **params: Any
+    ) -> Iterator[Event]:
+        """Answer messages, or continue text; yields an event a step. Closing the iterator cancels the request.
+
+        ``params`` are the worker's (``max_new_tokens``, ``temperature``, ``top_p``, ``seed``, ``stop``, ``trace``, …).
+
+        Raises:
+            RequestError: the request is refused, or fails.
+        """
+        source = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        content = {"echo": False, "method": method or self.methods[0], **source, **params}
+        events: SimpleQueue[Event] = SimpleQueue()
+        request = self.submit(parse_object(GenerateParams, content), events.put)
+        try:
+            while True:
+                event = events.get()
+                if event.error:
+                    raise event.error
+                yield event
+                if event.last:
+                    return
+        finally:
+            self.cancel(request)
+
+    def submit(
+        self,
+        params: GenerateParams,
+        sink: Sink,
+        *,
+        request_id: str | None = None,
+        defaults: dict[str, str] | None = None,
+    ) -> Request:
+        """Queue a request; ``sink`` gets its events on the engine's thread. ``defaults``: served names → methods.
+
+        Raises:
+            RequestError: refused, with the reason in one line.
+        """
+        spec = resolve(
+            params,
+            renderer=self.renderer,
+            limits=self._limits,
+            request_id=request_id or uuid.uuid4().hex,
+            defaults=defaults or {self.name: self.methods[0]},
+        )
+        request = self._core.open(spec, sink)
+        with self._wake:
+            if self._closed:
+                raise RequestError(ErrorCode.ENGINE_OVERLOADED, "the worker is shutting down")
+            if len(self._open) >= self._max_open:
+                message = f"the worker is full: {len(self._open)} requests are running or waiting; try again later"
+                raise RequestError(ErrorCode.ENGINE_OVERLOADED, message)
+            self._open.add(id(request))
+            self._jobs.append(lambda: self._core.scheduler.add(request))
+            self._wake.notify()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request before the next step; harmless if it has ended."""
+        request.cancelled = True
+
+    # ---- other services of the model -------------------------------------------------------------------------------
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt."""
+        return len(self.renderer.encode(text).token_ids)
+
+    def embed(self, text: str) -> "Future[tuple[list[float], int]]":
+        """A unit vector (mean of the last hidden states) and the token count, computed between two steps."""
+        token_ids = self.renderer.encode(text).token_ids
+        if not 0 < len(token_ids) <= self.context_length:
+            message = f"input: {len(token_ids)} tokens; must be 1 to {self.context_length}"
+            raise RequestError(ErrorCode.CONTEXT_OVERFLOW, message)
+        future: Future[tuple[list[float], int]] = Future()
+
+        def job() -> None:
+            try:
+                future.set_result((self._core.runner.embed(token_ids).tolist(), len(token_ids)))
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._wake:
+            self._jobs.append(job)
+            self._wake.notify()
+        return future
+
+    @property
+    def counters(self) -> EngineCounters:
+        """Totals since the start."""
+        return self._core.counters
+
+    def status(self) -> EngineStatus:
+        """The load right now."""
+        scheduler, pool = self._core.scheduler, self._core.runner.pool
+        running = scheduler.running
+        return EngineStatus(running, len(self._open) - running, pool.free, pool.total, scheduler.preemptions)
+
+    def last_progress_s(self) -> float | None:
+        """Seconds since the last step; None while there is nothing to do."""
+        return perf_counter() - self._last_step if self._open else None
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights and of the KV storage."""
+        model = self._core.runner.model
+        weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+        return {"weights": sum(weights.values()), "kv": self._core.runner.kv_bytes}
+
+    @property
+    def device(self) -> torch.device:
+        return self._core.runner.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self._core.runner.model.dtype).removeprefix("torch.")
+
+    def close(self) -> None:
+        """Stop the thread after its step; requests still open end with an error."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # ---- the engine's thread ---------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        scheduler = self._core.scheduler
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed or self._jobs or scheduler.requests)
+                if self._closed:
+                    break
+                jobs, self._jobs = self._jobs, []
+            for job in jobs:
+                job()
+            self._last_step = perf_counter()
+            self._core.step()
+        for request in list(scheduler.requests):
+            self._core.abandon(request, RequestError(ErrorCode.ENGINE_OVERLOADED, "the worker is shutting down"))
+
+    def _forget(self, request: Request) -> None:
+        with self._wake:
+            self._open.discard(id(request))
+
+    def _describe(self, request: Request) -> TraceHeader:
+        spec = request.spec
+        sampling = spec.sampling
+        return TraceHeader(
+            request_id=spec.request_id,
+            model=self.name,
+            method=spec.method,
+            parameters={
+                **{name: value for name, value in vars(sampling).items() if name not in ("banned", "banned_after")},
+                "max_new_tokens": spec.max_new_tokens,
+                "stop": list(spec.stop_strings),
+            },
+            device=_device_name(self.device),
+            dtype=self.dtype,
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            prompt_tokens=len(spec.prompt),
+            prefill_ms=request.prefill_ms,
+            prefill_steps=request.prefill_steps,
+            prompt_token_ids=spec.prompt if spec.trace == "full" else None,
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ModelLoadError(f"no such device: {name}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"device {name}: no GPU that torch can use was found")
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in known:
+        raise ModelLoadError(f"unknown dtype {name!r}; known: {', '.join(known)}")
+    return known[name]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"

@@ -1,0 +1,165 @@
+"""One step's rows: runs and token trees of all threads laid out as one ragged batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from workers.model.pages import PageTable
+from workers.model.tree import EMPTY_TREE, Needs, TokenTree
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one thread puts into a step: committed tokens whose KV is not stored yet, and a draft behind them.
+
+    Attributes:
+        token_ids: R ≥ 1 tokens; the first one stands at position ``table.length``.
+        table: the thread's pages.
+        tree: hangs off the run's last row.
+        last_needs: what the last row (the tree's root) wants back.
+        needs: what every other row wants back.
+    """
+
+    token_ids: Sequence[int]
+    table: PageTable
+    tree: TokenTree = EMPTY_TREE
+    last_needs: Needs = Needs.LOGITS
+    needs: Needs = Needs.NOTHING
+
+    @property
+    def rows(self) -> int:
+        return len(self.token_ids) + len(self.tree)
+
+
+@dataclass
+class Segment:
+    """The rows of one run inside the step: ``start`` to ``stop``, over ``length`` committed rows.
+
+    Attributes:
+        context: int64[length], slots of the committed rows on the model's device.
+        positions: int64[t] of the rows.
+        visible: bool[t, t] among the rows, or None for a single row.
+    """
+
+    start: int
+    stop: int
+    context: torch.Tensor
+    positions: np.ndarray
+    visible: np.ndarray | None
+    plans: dict[int | None, "KeyPlan"] = field(default_factory=dict)
+
+    def key_plan(self, window: int | None, step_base: int, device: torch.device) -> "KeyPlan":
+        """Which slots this segment's rows read under a sliding window; computed once a step for all layers."""
+        plan = self.plans.get(window)
+        if plan is None:
+            plan = self.plans[window] = self._make_plan(window, step_base, device)
+        return plan
+
+    def _make_plan(self, window: int | None, step_base: int, device: torch.device) -> "KeyPlan":
+        length = len(self.context)
+        first = 0 if window is None else max(0, min(length, int(self.positions.min()) - window + 1))
+        own = torch.arange(step_base + self.start, step_base + self.stop, device=device)
+        slots = torch.cat([self.context[first:], own])
+        if self.visible is None:
+            return KeyPlan(slots, None)
+        mask = np.concatenate([np.ones((len(self.positions), length - first), dtype=bool), self.visible], axis=1)
+        if window is not None:
+            key_positions = np.concatenate([np.arange(first, length), self.positions])
+            mask = mask & (self.positions[:, None] - key_positions[None] < window)
+        return KeyPlan(slots, None if mask.all() else torch.from_numpy(mask).to(device))
+
+
+@dataclass
+class KeyPlan:
+    """Slots to read, int64[n], and which of them each row sees, bool[t, n] (None: all)."""
+
+    slots: torch.Tensor
+    visible: torch.Tensor | None
+    bias: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def additive(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """The mask as float[groups * t, n] to add to scores, repeated for the query heads of one key head."""
+        if self.visible is None:
+            return None
+        key = (groups, dtype)
+        if key not in self.bias:
+            bias = torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device)
+            self.bias[key] = bias.masked_fill_(~self.visible, -torch.inf).repeat(groups, 1)
+        return self.bias[key]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """All rows of a step, thread after thread, each thread's run before its tree.
+
+    Attributes:
+        token_ids, positions: int64[T].
+        embedded_rows, embeddings: rows whose input is not their token's embedding, and float[E, hidden] for them.
+        segments: one a run, in order.
+        logit_rows, hidden_rows: rows that want logits, or their last hidden state, back; ascending.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    embedded_rows: torch.Tensor
+    embeddings: torch.Tensor | None
+    segments: list[Segment]
+    logit_rows: list[int]
+    hidden_rows: list[int]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def build_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
+    """Lay out ``runs``; token ids of embedded rows are 0 (never looked at)."""
+    token_ids: list[int] = []
+    positions: list[np.ndarray] = []
+    needs: list[Needs] = []
+    segments: list[Segment] = []
+    embeddings: list[torch.Tensor] = []
+    for run in runs:
+        start = len(token_ids)
+        token_ids += run.token_ids
+        token_ids += run.tree.token_ids
+        needs += [run.needs] * (len(run.token_ids) - 1) + [run.last_needs]
+        needs += [
+            need | (Needs.LOGITS if row else Needs.NOTHING)
+            for need, row in zip(run.tree.needs, run.tree.candidate, strict=True)
+        ]
+        own = _positions(run)
+        positions.append(own)
+        context = run.table.slots(0, run.table.length).to(device, non_blocking=True)
+        segments.append(Segment(start, len(token_ids), context, own, _visible(run)))
+        if run.tree.embeddings is not None:
+            embeddings.append(run.tree.embeddings)
+    ids = np.asarray(token_ids, dtype=np.int64)
+    return StepBatch(
+        token_ids=torch.from_numpy(np.maximum(ids, 0)).to(device),
+        positions=torch.from_numpy(np.concatenate(positions)).to(device),
+        embedded_rows=torch.from_numpy(np.flatnonzero(ids < 0)).to(device),
+        embeddings=torch.cat(embeddings).to(device) if embeddings else None,
+        segments=segments,
+        logit_rows=[row for row, need in enumerate(needs) if need & Needs.LOGITS],
+        hidden_rows=[row for row, need in enumerate(needs) if need & Needs.HIDDEN],
+    )
+
+
+def _positions(run: Run) -> np.ndarray:
+    first = run.table.length
+    last = first + len(run.token_ids) - 1
+    return np.concatenate([np.arange(first, last + 1), last + np.asarray(run.tree.depths, dtype=np.int64)])
+
+
+def _visible(run: Run) -> np.ndarray | None:
+    """bool[t, t]: the run is causal, every tree row sees the whole run and what its tree says."""
+    length, size = len(run.token_ids), len(run.tree)
+    if length + size == 1:
+        return None
+    visible = np.zeros((length + size, length + size), dtype=bool)
+    visible[:length, :length] = np.tri(length, dtype=bool)
+    visible[length:, :length] = True
+    visible[length:, length:] = run.tree.visibility()
+    return visible

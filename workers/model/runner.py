@@ -1,0 +1,208 @@
+"""The model's side of a step: one ragged forward pass through a stock causal LM, and the KV storage behind it."""
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from workers.model import attention
+from workers.model.batch import Run, StepBatch, build_batch
+from workers.model.checkpoint import ModelLoadError
+from workers.model.kv import KVStore, LayerShape
+from workers.model.pages import PAGE_ROWS, PagePool, PageTable, pages_for
+from workers.model.tree import Needs, TokenTree
+
+SELF_CHECK_TOKENS = 16
+SELF_CHECK_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.3, torch.bfloat16: 1.5}
+FREE_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
+DEFAULT_CONTEXTS = 16  # by default no more KV than this many full contexts
+FALLBACK_CONTEXT = 2048  # for configs that state no length
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Results of a step, on the model's device.
+
+    Attributes:
+        logits: float[len(batch.logit_rows), vocabulary].
+        hidden: float[len(batch.hidden_rows), hidden], the last hidden states before the output projection, or None.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+class ModelRunner:
+    """A model, its pages and its storage. Not thread-safe: one thread runs it."""
+
+    def __init__(self, model: PreTrainedModel, *, kv_tokens: int | None = None, step_rows: int = 512) -> None:
+        """Install tree attention, allocate ``kv_tokens`` rows of KV (None: from free memory) and check the model.
+
+        Raises:
+            ModelLoadError: the model's attention is not supported, or differs from stock attention.
+        """
+        self.model = model
+        self.device = model.device
+        self.step_rows = step_rows
+        self.context_length = _context_length(model)
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        try:
+            attention.install(model)
+            shapes = self._probe_shapes()
+        except attention.UnsupportedAttention as error:
+            raise ModelLoadError(str(error)) from error
+        self.kv_tokens = _round_to_pages(kv_tokens or self._default_kv_tokens(shapes))
+        self.context_length = min(self.context_length, self.kv_tokens)
+        self.pool = PagePool(self.kv_tokens // PAGE_ROWS)
+        self.kv_bytes = self._row_bytes(shapes) * (self.kv_tokens + step_rows)
+        self._store = KVStore(shapes, self.pool.total, step_rows, model.dtype, self.device)
+        self._self_check()
+
+    def new_table(self) -> PageTable:
+        """An empty page table."""
+        return PageTable(self.pool)
+
+    def fork(self, table: PageTable) -> PageTable:
+        """A table that shares ``table``'s rows; copies at most one page. Raises OutOfPages."""
+        twin, copy = table.fork()
+        if copy:
+            self._store.copy_page(*copy)
+        return twin
+
+    def prepare(self, runs: Sequence[Run]) -> StepBatch:
+        """Lay out a step of at most ``step_rows`` rows."""
+        batch = build_batch(runs, self.device)
+        if len(batch) > self.step_rows:
+            raise ValueError(f"a step of {len(batch)} rows exceeds the {self.step_rows} of the step buffers")
+        return batch
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> StepOutput:
+        """Run the model over a step; its keys and values stay in the step buffers until the next step."""
+        hidden: list[torch.Tensor] = []
+        with (
+            attention.step_attention(attention.StepContext(self._store, batch.segments)),
+            self._hidden_rows(batch, hidden),
+        ):
+            logits = self._logits(batch)
+        return StepOutput(logits, hidden[0] if hidden else None)
+
+    @torch.inference_mode()
+    def commit(self, step_rows: Sequence[int], slots: torch.Tensor) -> None:
+        """Copy rows of the last step into page slots int64[n] (see ``PageTable.slots``)."""
+        rows = torch.tensor(step_rows, dtype=torch.int64, device=self.device)
+        self._store.commit(rows, slots.to(self.device))
+
+    @torch.inference_mode()
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """float[hidden]: the mean of the last hidden states, of unit length (stock attention, no pages)."""
+        ids = torch.tensor([token_ids], device=self.device)
+        states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return torch.nn.functional.normalize(states.float().mean(0), dim=0)
+
+    def _logits(self, batch: StepBatch) -> torch.Tensor:
+        rows = torch.tensor(batch.logit_rows or [0], dtype=torch.int64, device=self.device)
+        keep = {"logits_to_keep": rows} if self._keeps_logits else {}
+        logits = self.model(
+            **self._inputs(batch), position_ids=batch.positions[None], use_cache=False, return_dict=True, **keep
+        ).logits[0]
+        logits = logits if keep else logits[rows]
+        return logits if batch.logit_rows else logits[:0]
+
+    def _inputs(self, batch: StepBatch) -> dict[str, torch.Tensor]:
+        if batch.embeddings is None:
+            return {"input_ids": batch.token_ids[None]}
+        embeddings = self.model.get_input_embeddings()(batch.token_ids)
+        embeddings[batch.embedded_rows] = batch.embeddings.to(embeddings.dtype)
+        return {"inputs_embeds": embeddings[None]}
+
+    @contextmanager
+    def _hidden_rows(self, batch: StepBatch, into: list[torch.Tensor]) -> Iterator[None]:
+        if not batch.hidden_rows:
+            yield
+            return
+        rows = torch.tensor(batch.hidden_rows, dtype=torch.int64, device=self.device)
+        decoder = self.model.get_decoder()
+        hook = decoder.register_forward_hook(lambda module, args, out: into.append(out.last_hidden_state[0, rows]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @torch.inference_mode()
+    def _probe_shapes(self) -> dict[int, LayerShape]:
+        probe = attention.ShapeProbe({})
+        with attention.step_attention(probe):
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
+        if not probe.shapes:
+            raise ModelLoadError(
+                f"{type(self.model).__name__} has no layer that uses transformers' attention interface"
+            )
+        return probe.shapes
+
+    def _default_kv_tokens(self, shapes: dict[int, LayerShape]) -> int:
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        affordable = int(free * FREE_MEMORY_SHARE[self.device.type]) // self._row_bytes(shapes) - self.step_rows
+        return max(PAGE_ROWS, min(affordable, DEFAULT_CONTEXTS * self.context_length))
+
+    def _row_bytes(self, shapes: dict[int, LayerShape]) -> int:
+        return sum(shape.row_elements for shape in shapes.values()) * self.model.dtype.itemsize
+
+    @torch.inference_mode()
+    def _self_check(self) -> None:
+        """Compare stock attention with ours: a prompt in two chunks, then a chain and a branch as a tree.
+
+        Raises:
+            ModelLoadError: they differ, or the model passes something to attention that ours does not know.
+        """
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self.vocabulary, (SELF_CHECK_TOKENS,), generator=generator).tolist()
+        try:
+            ours = self._logits_in_pieces(ids)
+        except attention.UnsupportedAttention as error:
+            raise ModelLoadError(str(error)) from error
+        stock = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -6:]
+        difference = (ours - stock).abs().max().item()
+        scale = max(1.0, stock.abs().max().item() / 20)
+        if not math.isfinite(difference) or difference > SELF_CHECK_TOLERANCE[self.model.dtype] * scale:
+            raise ModelLoadError(
+                f"{type(self.model).__name__} is not supported: over token trees its logits differ from its own "
+                f"by {difference:.2g}"
+            )
+
+    def _logits_in_pieces(self, ids: list[int]) -> torch.Tensor:
+        """Logits of the last 6 of 16 tokens: 7 and 4 of them as chunks, 5 as a chain in a tree with a side branch."""
+        table = self.new_table()
+        try:
+            table.reserve(len(ids))
+            for start, stop in ((0, 7), (7, 10)):
+                self.forward(self.prepare([Run(ids[start:stop], table)]))
+                self.commit(range(stop - start), table.slots(start, stop))
+                table.advance(stop - start)
+            chain = [ids[0], *ids[11:]]  # row 0 is the side branch
+            tree = TokenTree.of(chain, [-1, -1, 1, 2, 3, 4], needs=[Needs.LOGITS] * 6)
+            logits = self.forward(self.prepare([Run([ids[10]], table, tree)])).logits
+            return torch.cat([logits[:1], logits[2:]])
+        finally:
+            table.release()
+
+
+def _round_to_pages(rows: int) -> int:
+    return pages_for(rows) * PAGE_ROWS
+
+
+def _context_length(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        if isinstance(length := getattr(config, name, None), int) and length > 0:
+            return length
+    return FALLBACK_CONTEXT

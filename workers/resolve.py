@@ -1,0 +1,107 @@
+"""From a client's parameters to a checked request in tokens; every refusal is one readable line."""
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from protocol.errors import ErrorCode, RequestError
+from protocol.generation import GenerateParams
+from workers.model.sampling import Sampling
+from workers.prompts import Prompt, PromptRenderer
+from workers.request import GenerationRequest
+
+DEFAULT_NEW_TOKENS = 256  # FastChat's
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model can take."""
+
+    context_length: int
+    vocabulary: int
+    stop_token_ids: frozenset[int]
+    methods: tuple[str, ...]
+
+
+def resolve(
+    params: GenerateParams,
+    *,
+    renderer: PromptRenderer,
+    limits: Limits,
+    request_id: str,
+    defaults: Mapping[str, str],
+) -> GenerationRequest:
+    """Render, tokenise and check a request. ``defaults`` maps served model names to their methods.
+
+    Raises:
+        RequestError: with FastChat's code for what is wrong.
+    """
+    if params.model is not None and params.model not in defaults:
+        served = ", ".join(defaults)
+        raise RequestError(ErrorCode.INVALID_MODEL, f"model {params.model!r} is not served here; served: {served}")
+    prompt = renderer.render(params.messages) if params.messages is not None else renderer.encode(params.prompt or "")
+    if not prompt.token_ids:
+        raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, "prompt: must not be empty")
+    _check_tokens("logit_bias", params.logit_bias, limits.vocabulary)
+    _check_tokens("stop_token_ids", params.stop_token_ids, limits.vocabulary)
+    return GenerationRequest(
+        request_id=request_id,
+        prompt=prompt.token_ids,
+        sampling=_sampling(params),
+        max_new_tokens=_new_tokens(params, prompt, limits.context_length),
+        method=_method(params, limits.methods, defaults),
+        stop_token_ids=limits.stop_token_ids | frozenset(params.stop_token_ids),
+        stop_strings=tuple(params.stop),
+        echo=prompt.text if params.echo else "",
+        logprobs=params.logprobs,
+        trace=params.trace,
+    )
+
+
+def _sampling(params: GenerateParams) -> Sampling:
+    return Sampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=max(0, params.top_k),
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        seed=secrets.randbits(63) if params.seed is None else params.seed,
+        choice=params.choice,
+    )
+
+
+def _new_tokens(params: GenerateParams, prompt: Prompt, context_length: int) -> int:
+    room = context_length - len(prompt.token_ids)
+    if params.max_length is not None:
+        room = min(room, params.max_length - len(prompt.token_ids))
+    if room < 1:
+        limit = min(context_length, params.max_length or context_length)
+        message = f"the prompt has {len(prompt.token_ids)} tokens, which leaves no room in a length of {limit}"
+        raise RequestError(ErrorCode.CONTEXT_OVERFLOW, message)
+    wanted = params.max_new_tokens
+    if wanted is None:
+        return room if params.max_length is not None else min(room, DEFAULT_NEW_TOKENS)
+    if wanted > room and params.max_length is None:
+        message = (
+            f"the prompt's {len(prompt.token_ids)} tokens and {wanted} new ones exceed the context of {context_length}"
+        )
+        raise RequestError(ErrorCode.CONTEXT_OVERFLOW, message)
+    return min(wanted, room)
+
+
+def _method(params: GenerateParams, methods: tuple[str, ...], defaults: Mapping[str, str]) -> str:
+    method = params.method or defaults.get(params.model or "", methods[0])
+    if method not in methods:
+        served = ", ".join(methods)
+        raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, f"method {method!r} is not served here; served: {served}")
+    return method
+
+
+def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            message = f"{name}: {token} is no token id of this model (0 to {vocabulary - 1})"
+            raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, message)
