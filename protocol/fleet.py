@@ -3,7 +3,7 @@
 import math
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from protocol.wire import Wire
 
@@ -93,7 +93,7 @@ class EmbeddingsParams(Wire):
     """Body of ``/worker_get_embeddings``."""
 
     model: str | None = None
-    input: list[str] = []
+    input: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
     encoding_format: str | None = None
 
 

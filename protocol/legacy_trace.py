@@ -1,7 +1,7 @@
 """APAR's trace: six arrays with one full snapshot per step, made from native traces.
 
-As in APAR's vanilla worker the forward pass that produced the final EOS leaves no snapshot. Unlike there, the last token
-of an answer that ends by length is kept. Needs traces taken with ``trace: "full"``: they carry the prompt's token ids.
+As in APAR's vanilla worker the forward pass that produced the final EOS leaves no snapshot. Unlike there, the last
+token of an answer that ends by length is kept. Needs traces taken with ``trace: "full"``, which carry the prompt's ids.
 """
 
 from typing import Any

@@ -62,6 +62,7 @@ class Engine:
         self.tokenizer = checkpoint.tokenizer
         runner = ModelRunner(checkpoint.model, kv_tokens=kv_tokens)
         self.context_length = runner.context_length
+        self.kv_tokens = runner.kv_tokens
         self._limits = Limits(runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), names)
         self._core = EngineCore(
             runner,
@@ -224,6 +225,19 @@ class Engine:
     def dtype(self) -> str:
         return str(self._core.runner.model.dtype).removeprefix("torch.")
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    def description(self) -> str:
+        """One line for the log: what is served, on what, with how much memory."""
+        memory = self.memory()
+        return (
+            f"{self.name} on {_device_name(self.device)}, {self.dtype}, methods {', '.join(self.methods)}: "
+            f"weights {memory['weights'] / 1e6:.0f} MB, KV {memory['kv'] / 1e6:.0f} MB for {self.kv_tokens} tokens"
+        )
+
     def close(self) -> None:
         """Stop the thread after its step; requests still open end with an error."""
         with self._wake:
@@ -250,7 +264,13 @@ class Engine:
             for job in jobs:
                 job()
             self._last_step = perf_counter()
-            self._core.step()
+            try:
+                self._core.step()
+            except Exception as error:  # a fault of ours: it must not outlive the requests it met
+                for request in list(scheduler.requests):
+                    self._core.abandon(request, error)
+        for job in self._jobs:
+            job()
         for request in list(scheduler.requests):
             self._core.abandon(request, RequestError(ErrorCode.ENGINE_OVERLOADED, "the worker is shutting down"))
 

@@ -52,7 +52,8 @@ class EngineStatus:
 class Measured(Protocol):
     """What the collector reads: the engine."""
 
-    counters: EngineCounters
+    @property
+    def counters(self) -> EngineCounters: ...
 
     def status(self) -> EngineStatus: ...
 

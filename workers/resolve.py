@@ -11,6 +11,7 @@ from workers.prompts import Prompt, PromptRenderer
 from workers.request import GenerationRequest
 
 DEFAULT_NEW_TOKENS = 256  # FastChat's
+MAX_CHARACTERS_PER_TOKEN = 64  # more than any text averages
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def resolve(
     if params.model is not None and params.model not in defaults:
         served = ", ".join(defaults)
         raise RequestError(ErrorCode.INVALID_MODEL, f"model {params.model!r} is not served here; served: {served}")
+    _check_size(params, limits.context_length)
     prompt = renderer.render(params.messages) if params.messages is not None else renderer.encode(params.prompt or "")
     if not prompt.token_ids:
         raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, "prompt: must not be empty")
@@ -56,6 +58,15 @@ def resolve(
         logprobs=params.logprobs,
         trace=params.trace,
     )
+
+
+def _check_size(params: GenerateParams, context_length: int) -> None:
+    """Refuse texts that cannot fit before they are tokenised, which would hold up other requests."""
+    texts = [params.prompt or "", *(message.content for message in params.messages or [])]
+    size = sum(map(len, texts))
+    if size > MAX_CHARACTERS_PER_TOKEN * context_length:
+        message = f"the prompt's {size} characters exceed the context of {context_length} tokens"
+        raise RequestError(ErrorCode.CONTEXT_OVERFLOW, message)
 
 
 def _sampling(params: GenerateParams) -> Sampling:

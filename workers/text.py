@@ -1,6 +1,8 @@
 """Token ids to text that only grows: incremental detokenisation, and stop strings held back until decided."""
 
+import re
 from collections.abc import Sequence
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +38,29 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token on its own, as in logprobs; bytes that are no whole character read ``bytes:\\xf0\\x9f`` (OpenAI's way)."""
+    text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    raw = _raw_bytes(str(tokenizer.convert_ids_to_tokens(token))) if REPLACEMENT in text else None
+    return text if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _raw_bytes(piece: str) -> bytes | None:
+    """The bytes of a vocabulary entry: SentencePiece's ``<0xF0>``, or GPT-2's printable byte alphabet."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes.fromhex(piece[3:5])
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[letter] for letter in piece) if all(letter in alphabet for letter in piece) else None
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's letters → bytes: printable Latin-1 stands for itself, the other bytes for U+0100 and up."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 class StopScanner:

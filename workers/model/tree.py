@@ -81,6 +81,8 @@ class TokenTree:
             ValueError: lengths that disagree, a parent after its child, or a missing embedding.
         """
         size = len(token_ids)
+        if any(not -1 <= parent < row for row, parent in enumerate(parents)):
+            raise ValueError("a parent must be -1 or stand before its child")
         tree = cls(
             token_ids=token_ids,
             parents=parents,
@@ -114,8 +116,6 @@ class TokenTree:
         columns = (self.parents, self.candidate, self.needs, self.depths)
         if any(len(column) != size for column in columns):
             raise ValueError("every column of a token tree must have one entry a row")
-        if any(not -1 <= parent < row for row, parent in enumerate(self.parents)):
-            raise ValueError("a parent must be -1 or stand before its child")
         embedded = sum(token < 0 for token in self.token_ids)
         if embedded != (0 if self.embeddings is None else len(self.embeddings)):
             raise ValueError("rows with token id -1 and embeddings must be equally many")

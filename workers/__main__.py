@@ -1,0 +1,131 @@
+"""``python -m workers``: serve one model on one device."""
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+import uvicorn
+
+from workers.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from workers.registration import Registration
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+logger = logging.getLogger("polydecode")
+
+
+@app.command()
+def serve(
+    model_path: Annotated[str, typer.Option(help="a folder, a GGUF file, a hub id, or smollm2-135m")] = "smollm2-135m",
+    method: Annotated[str, typer.Option(help="decoding methods, separated by commas")] = "vanilla",
+    controller_address: str = "http://127.0.0.1:21001",
+    worker_address: Annotated[
+        str | None, typer.Option(help="how others reach this worker [default: host:port]")
+    ] = None,
+    host: str = "127.0.0.1",
+    port: int = 21002,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if there is one]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: by device]")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(min=16, help="rows of KV [default: from free memory]")] = None,
+    model_names: Annotated[str, typer.Option(help="served names, separated by commas [default: the model's]")] = "",
+    conv_template: Annotated[
+        str | None, typer.Option(help="one of FastChat's templates instead of the model's")
+    ] = None,
+    limit_worker_concurrency: Annotated[int, typer.Option(min=1, help="requests that run at a time")] = 16,
+    max_queue: Annotated[int, typer.Option(min=0, help="requests that may wait; more are refused")] = 256,
+    stream_interval: Annotated[int, typer.Option(min=1, help="steps between two frames")] = 1,
+    register: Annotated[bool, typer.Option("--register/--no-register")] = True,
+) -> None:
+    """Serve one model on one device with one or several decoding methods."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    listener = _listen(host, port)
+    port = listener.getsockname()[1]
+    # Only now the slow imports: a port in use is reported at once.
+    from transformers.utils.logging import disable_progress_bar
+
+    from workers.engine import Engine
+    from workers.model.checkpoint import ModelLoadError
+    from workers.registration import Registration
+    from workers.service import Worker, create_app, served_names
+
+    disable_progress_bar()
+    settings = WorkerSettings()
+    methods = _names(method)
+    try:
+        engine = Engine.load(
+            model_path,
+            method=methods,
+            device=device,
+            dtype=dtype,
+            kv_tokens=kv_tokens,
+            max_requests=limit_worker_concurrency,
+            max_queue=max_queue,
+            conv_template=conv_template,
+        )
+    except ModelLoadError as error:
+        _fail(str(error))
+    logger.info("%s", engine.description())
+    worker = Worker(
+        engine,
+        served_names(engine.name, methods, _names(model_names)),
+        stream_interval=stream_interval,
+        heart_beat_s=settings.heart_beat_s,
+    )
+    registration = None
+    if register:
+        registration = Registration(
+            worker,
+            controller=controller_address,
+            address=(worker_address or f"http://{host}:{port}").rstrip("/"),
+            heart_beat_s=settings.heart_beat_s,
+        )
+    config = uvicorn.Config(
+        create_app(worker, registration.run if registration else None),
+        log_level="warning",
+        timeout_graceful_shutdown=settings.drain_s,
+    )
+    try:
+        asyncio.run(_DrainingServer(config, registration).serve(sockets=[listener]))
+    finally:
+        engine.close()
+
+
+class _DrainingServer(uvicorn.Server):
+    """On SIGTERM: leave the controller first, then finish what runs."""
+
+    def __init__(self, config: uvicorn.Config, registration: "Registration | None") -> None:
+        super().__init__(config)
+        self._registration = registration
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._registration:
+            await self._registration.leave()
+        await super().shutdown(sockets)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        _fail(f"cannot listen on {host}:{port}: {error.strerror or error}")
+    return listener
+
+
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()
