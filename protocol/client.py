@@ -4,7 +4,7 @@ Every failure, on the wire or in the answer, becomes one RequestError with a rea
 """
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -121,7 +121,7 @@ class ControllerClient:
         """How many live workers serve ``model``."""
         return parse_object(_WorkerCount, await self._json("POST", "/get_worker_count", {"model": model})).count
 
-    async def stream_chat(self, body: dict[str, Any]) -> AsyncIterator[ChatCompletionChunk]:
+    async def stream_chat(self, body: dict[str, Any]) -> AsyncGenerator[ChatCompletionChunk, None]:
         """Ask for a streamed answer and yield its chunks. Closing the iterator closes the connection."""
         events = ChatEvents()
         request = self._http.stream("POST", self.url + CHAT_PATH, json={**body, "stream": True})
