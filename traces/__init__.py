@@ -1,0 +1,1 @@
+"""Collects step traces of whole benchmarks over HTTP, and turns them into figures."""

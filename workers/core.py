@@ -194,16 +194,18 @@ class EngineCore:
                 self._methods[name].observe([thread for thread, _ in alive], [outcome for _, outcome in alive])
 
     def _commit(self, step: Step) -> None:
-        """Store the keys and values of every run and of the accepted rows; the last emitted token has none yet."""
+        """Count the runs' rows, and move accepted tree rows to pages; the last emitted token has no row yet."""
         rows: list[int] = []
         slots: list[torch.Tensor] = []
         for turn, place, taken in zip(step.turns, step.places, step.walks, strict=True):
             kept = taken.rows[: len(taken.token_ids) - 1] if taken else []
-            table, count = turn.thread.table, turn.rows + len(kept)
-            rows += [*range(place.start, place.tree_start), *(place.row(node) for node in kept)]
-            slots.append(table.slots(table.length, table.length + count))
-            table.advance(count)
-        self.runner.commit(rows, torch.cat(slots))
+            table = turn.thread.table
+            table.advance(turn.rows + len(kept))
+            if kept:
+                rows += [place.row(node) for node in kept]
+                slots.append(table.slots(table.length - len(kept), table.length))
+        if rows:
+            self.runner.commit(rows, torch.cat(slots))
 
     def _advance(self, request: Request, step: Step, mine: list[int]) -> list[tuple[Thread, Outcome]]:
         """Append what a request's threads emitted, report it, and end what ends."""

@@ -63,7 +63,9 @@ def make_core(kv_tokens: int = 2048, max_requests: int = 16, methods: dict[str, 
     )
 
 
-def spec(prompt: list[int], new_tokens: int = 12, *, method: str = "vanilla", max_threads: int = 32) -> GenerationRequest:
+def spec(
+    prompt: list[int], new_tokens: int = 12, *, method: str = "vanilla", max_threads: int = 32
+) -> GenerationRequest:
     return GenerationRequest(
         request_id="r",
         prompt=prompt,

@@ -38,6 +38,7 @@ class StepContext:
     """What attention needs in one step."""
 
     store: KVStore
+    slots: torch.Tensor
     segments: list[Segment]
 
 
@@ -92,18 +93,10 @@ def _over_eager(module: torch.nn.Module, query: Any, key: Any, value: Any, mask:
     return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **keywords)
 
 
-def _mask_over_sdpa(*args: Any, **keywords: Any) -> Any:
-    return None if _current.context is not None else sdpa_mask(*args, **keywords)
-
-
-def _mask_over_eager(*args: Any, **keywords: Any) -> Any:
-    return None if _current.context is not None else eager_mask(*args, **keywords)
-
-
 AttentionInterface.register(OVER_SDPA, _over_sdpa)
 AttentionInterface.register(OVER_EAGER, _over_eager)
-AttentionMaskInterface.register(OVER_SDPA, _mask_over_sdpa)
-AttentionMaskInterface.register(OVER_EAGER, _mask_over_eager)
+AttentionMaskInterface.register(OVER_SDPA, sdpa_mask)
+AttentionMaskInterface.register(OVER_EAGER, eager_mask)
 
 
 def _attend_step(
@@ -121,12 +114,11 @@ def _attend_step(
     _refuse_unknown(module, keywords)
     layer = cast(int, module.layer_idx)
     context = _current.context
-    keys, values = key[0].transpose(0, 1), value[0].transpose(0, 1)
     if isinstance(context, ShapeProbe):
-        context.shapes[layer] = LayerShape(keys.shape[1], keys.shape[2], values.shape[2])
+        context.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         return torch.zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype), None
     assert context is not None
-    context.store.write_step(layer, keys, values)
+    context.store.write(layer, context.slots, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     outputs = []
     for segment in context.segments:
@@ -145,15 +137,14 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """query float[H, t, d], keys float[n, K, d], values float[n, K, v] → float[t, H, v].
+    """query float[H, t, d], keys float[K, n, d], values float[K, n, v] → float[t, H, v].
 
     The H / K query heads of a key head become rows of one product, so that keys are read once and never repeated.
     """
     heads, rows, width = query.shape
-    key_heads = keys.shape[1]
+    key_heads = keys.shape[0]
     groups = heads // key_heads
     stacked = query.reshape(key_heads, groups * rows, width)
-    keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     bias = plan.additive(groups, query.dtype)
     if softcap is None and sinks is None:
         out = scaled_dot_product_attention(stacked[None], keys[None], values[None], attn_mask=bias, scale=scale)[0]

@@ -10,13 +10,16 @@ from workers.model.pages import PageTable
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 
 
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Run:
     """What one thread puts into a step: committed tokens whose KV is not stored yet, and a draft behind them.
 
     Attributes:
         token_ids: R ≥ 1 tokens; the first one stands at position ``table.length``.
-        table: the thread's pages.
+        table: the thread's pages, in which R rows behind ``table.length`` must be reserved.
         tree: hangs off the run's last row.
         last_needs: what the last row (the tree's root) wants back.
         needs: what every other row wants back.
@@ -35,17 +38,20 @@ class Run:
 
 @dataclass
 class Segment:
-    """The rows of one run inside the step: ``start`` to ``stop``, over ``length`` committed rows.
+    """The rows of one run and its tree inside the step: ``start`` to ``stop``, the tree from ``tree_start`` on.
 
     Attributes:
-        context: int64[length], slots of the committed rows on the model's device.
+        path: int64[n], slots of the thread's rows up to the end of the run, on the model's device.
+        contiguous: whether these slots are consecutive.
         positions: int64[t] of the rows.
         visible: bool[t, t] among the rows, or None for a single row.
     """
 
     start: int
+    tree_start: int
     stop: int
-    context: torch.Tensor
+    path: torch.Tensor
+    contiguous: bool
     positions: np.ndarray
     visible: np.ndarray | None
     plans: dict[int | None, "KeyPlan"] = field(default_factory=dict)
@@ -58,10 +64,9 @@ class Segment:
         return plan
 
     def _make_plan(self, window: int | None, step_base: int, device: torch.device) -> "KeyPlan":
-        length = len(self.context)
+        length = len(self.path) - (self.tree_start - self.start)  # rows that were stored before this step
         first = 0 if window is None else max(0, min(length, int(self.positions.min()) - window + 1))
-        own = torch.arange(step_base + self.start, step_base + self.stop, device=device)
-        slots = torch.cat([self.context[first:], own])
+        slots = self._slots(first, step_base, device)
         if self.visible is None:
             return KeyPlan(slots, None)
         mask = np.concatenate([np.ones((len(self.positions), length - first), dtype=bool), self.visible], axis=1)
@@ -70,12 +75,22 @@ class Segment:
             mask = mask & (self.positions[:, None] - key_positions[None] < window)
         return KeyPlan(slots, None if mask.all() else torch.from_numpy(mask).to(device))
 
+    def _slots(self, first: int, step_base: int, device: torch.device) -> torch.Tensor | slice:
+        """The path from row ``first`` on, then the tree's rows in the step buffers."""
+        if self.tree_start == self.stop:
+            if self.contiguous:
+                start = int(self.path[0])
+                return slice(start + first, start + len(self.path))
+            return self.path[first:]
+        tree = torch.arange(step_base + self.tree_start, step_base + self.stop, device=device)
+        return torch.cat([self.path[first:], tree])
+
 
 @dataclass
 class KeyPlan:
-    """Slots to read, int64[n], and which of them each row sees, bool[t, n] (None: all)."""
+    """Slots to read, int64[n] or consecutive ones as a slice, and which of them each row sees, bool[t, n] (None: all)."""
 
-    slots: torch.Tensor
+    slots: torch.Tensor | slice
     visible: torch.Tensor | None
     bias: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
@@ -96,6 +111,7 @@ class StepBatch:
 
     Attributes:
         token_ids, positions: int64[T].
+        slots: int64[T], where each row's keys and values go: a page for a run's, the step buffers for a tree's.
         embedded_rows, embeddings: rows whose input is not their token's embedding, and float[E, hidden] for them.
         segments: one a run, in order.
         logit_rows, hidden_rows: rows that want logits, or their last hidden state, back; ascending.
@@ -103,6 +119,7 @@ class StepBatch:
 
     token_ids: torch.Tensor
     positions: torch.Tensor
+    slots: torch.Tensor
     embedded_rows: torch.Tensor
     embeddings: torch.Tensor | None
     segments: list[Segment]
@@ -113,13 +130,14 @@ class StepBatch:
         return len(self.token_ids)
 
 
-def build_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
-    """Lay out ``runs``; token ids of embedded rows are 0 (never looked at)."""
+def build_batch(runs: Sequence[Run], step_base: int, device: torch.device) -> StepBatch:
+    """Lay out ``runs``; token ids of embedded rows are 0 (never looked at). The step buffers start at ``step_base``."""
     token_ids: list[int] = []
-    positions: list[np.ndarray] = []
+    positions: list[int] = []
     needs: list[Needs] = []
     segments: list[Segment] = []
     embeddings: list[torch.Tensor] = []
+    slots: list[torch.Tensor] = []
     for run in runs:
         start = len(token_ids)
         token_ids += run.token_ids
@@ -130,16 +148,31 @@ def build_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
             for need, row in zip(run.tree.needs, run.tree.candidate, strict=True)
         ]
         own = _positions(run)
-        positions.append(own)
-        context = run.table.slots(0, run.table.length).to(device, non_blocking=True)
-        segments.append(Segment(start, len(token_ids), context, own, _visible(run)))
+        positions += own
+        tree_start = start + len(run.token_ids)
+        path = run.table.slots(0, run.table.length + len(run.token_ids))
+        slots.append(path[run.table.length :])
+        if run.tree:
+            slots.append(torch.arange(step_base + tree_start, step_base + len(token_ids)))
+        segments.append(
+            Segment(
+                start=start,
+                tree_start=tree_start,
+                stop=len(token_ids),
+                path=path.to(device, non_blocking=True),
+                contiguous=run.table.contiguous,
+                positions=np.asarray(own),
+                visible=_visible(run),
+            )
+        )
         if run.tree.embeddings is not None:
             embeddings.append(run.tree.embeddings)
-    ids = np.asarray(token_ids, dtype=np.int64)
+    ids = torch.tensor(token_ids)
     return StepBatch(
-        token_ids=torch.from_numpy(np.maximum(ids, 0)).to(device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        embedded_rows=torch.from_numpy(np.flatnonzero(ids < 0)).to(device),
+        token_ids=ids.clamp(min=0).to(device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.cat(slots).to(device),
+        embedded_rows=(ids < 0).nonzero()[:, 0].to(device) if embeddings else _NO_ROWS,
         embeddings=torch.cat(embeddings).to(device) if embeddings else None,
         segments=segments,
         logit_rows=[row for row, need in enumerate(needs) if need & Needs.LOGITS],
@@ -147,10 +180,10 @@ def build_batch(runs: Sequence[Run], device: torch.device) -> StepBatch:
     )
 
 
-def _positions(run: Run) -> np.ndarray:
+def _positions(run: Run) -> list[int]:
     first = run.table.length
     last = first + len(run.token_ids) - 1
-    return np.concatenate([np.arange(first, last + 1), last + np.asarray(run.tree.depths, dtype=np.int64)])
+    return [*range(first, last + 1), *(last + depth for depth in run.tree.depths)]
 
 
 def _visible(run: Run) -> np.ndarray | None:

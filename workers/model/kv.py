@@ -1,8 +1,9 @@
 """Key and value storage: pages of committed rows, and behind them the buffers of the running step.
 
-One tensor a layer, float[slots + step_rows, heads, width]; slot ``page * PAGE_ROWS + i`` is row i of a page, and the
-last ``step_rows`` slots are the step buffers. Attention reads both through one index; commit copies accepted rows from
-the buffers into pages. Layers of equal shape lie in one tensor, so that a commit is two copies and not two a layer.
+One tensor a layer, float[heads, slots + step_rows, width]; slot ``page * PAGE_ROWS + i`` is row i of a page, and the
+last ``step_rows`` slots are the step buffers. Rows of runs are committed tokens and go straight to their pages; rows of
+trees go to the buffers, and commit copies the accepted ones into pages. Attention reads both through one index. Layers of
+equal shape lie in one tensor, so that a commit is two copies and not two a layer.
 """
 
 from dataclasses import dataclass
@@ -38,32 +39,33 @@ class KVStore:
         slots = self.step_base + step_rows
         for shape in dict.fromkeys(shapes.values()):
             members = [layer for layer, own in shapes.items() if own == shape]
-            keys = torch.empty(len(members), slots, shape.heads, shape.key_width, dtype=dtype, device=device)
-            values = torch.empty(len(members), slots, shape.heads, shape.value_width, dtype=dtype, device=device)
+            keys = torch.empty(len(members), shape.heads, slots, shape.key_width, dtype=dtype, device=device)
+            values = torch.empty(len(members), shape.heads, slots, shape.value_width, dtype=dtype, device=device)
             self._groups += [keys, values]
             for index, layer in enumerate(members):
                 self._layers[layer] = (keys[index], values[index])
 
-    def write_step(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put the step's keys and values, float[T, heads, width] each, into the step buffers."""
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the step's keys and values, float[heads, T, width] each, into ``slots`` int64[T]."""
         stored_keys, stored_values = self._layers[layer]
-        stop = self.step_base + len(keys)
-        stored_keys[self.step_base : stop] = keys
-        stored_values[self.step_base : stop] = values
+        stored_keys.index_copy_(1, slots, keys)
+        stored_values.index_copy_(1, slots, values)
 
-    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of ``slots`` int64[n]: float[n, heads, width] each (copies)."""
+    def read(self, layer: int, slots: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of ``slots`` int64[n]: float[heads, n, width] each; views where they are a slice."""
         keys, values = self._layers[layer]
-        return keys.index_select(0, slots), values.index_select(0, slots)
+        if isinstance(slots, slice):
+            return keys[:, slots], values[:, slots]
+        return keys.index_select(1, slots), values.index_select(1, slots)
 
     def commit(self, step_rows: torch.Tensor, slots: torch.Tensor) -> None:
-        """Copy step rows int64[n] into page slots int64[n], in every layer."""
+        """Copy rows int64[n] of the step buffers into page slots int64[n], in every layer."""
         source = step_rows + self.step_base
         for group in self._groups:
-            group[:, slots] = group[:, source]
+            group[:, :, slots] = group[:, :, source]
 
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page in every layer (a fork's partly filled last page)."""
         first, second = source * PAGE_ROWS, target * PAGE_ROWS
         for group in self._groups:
-            group[:, second : second + PAGE_ROWS] = group[:, first : first + PAGE_ROWS]
+            group[:, :, second : second + PAGE_ROWS] = group[:, :, first : first + PAGE_ROWS]

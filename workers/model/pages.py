@@ -5,6 +5,8 @@ copied at a fork, because both threads go on writing into it.
 """
 
 from collections.abc import Iterable
+from heapq import heappop, heappush
+from itertools import pairwise
 
 import torch
 
@@ -20,7 +22,7 @@ class PagePool:
 
     def __init__(self, pages: int) -> None:
         self.total = pages
-        self._free = list(range(pages - 1, -1, -1))  # popped from the end: low pages first
+        self._free = list(range(pages))  # a heap: low pages first, so that a thread's pages tend to be neighbours
         self._holders = [0] * pages
 
     @property
@@ -31,7 +33,7 @@ class PagePool:
         """Take ``count`` pages with one holder each, or raise OutOfPages and take none."""
         if count > len(self._free):
             raise OutOfPages
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [heappop(self._free) for _ in range(count)]
         for page in taken:
             self._holders[page] = 1
         return taken
@@ -46,7 +48,7 @@ class PagePool:
         for page in pages:
             self._holders[page] -= 1
             if self._holders[page] == 0:
-                self._free.append(page)
+                heappush(self._free, page)
 
 
 def pages_for(rows: int) -> int:
@@ -61,7 +63,13 @@ class PageTable:
         self._pool = pool
         self.pages: list[int] = []
         self.length = 0
+        self._gaps = 0
         self._slots = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the rows' slots are consecutive numbers."""
+        return not self._gaps
 
     @property
     def capacity(self) -> int:
@@ -106,9 +114,11 @@ class PageTable:
         self._pool.give_back(self.pages)
         self.pages = []
         self.length = 0
+        self._gaps = 0
         self._slots = self._slots[:0]
 
     def _append(self, pages: list[int]) -> None:
+        self._gaps += sum(after != before + 1 for before, after in pairwise([*self.pages[-1:], *pages]))
         self.pages.extend(pages)
         firsts = torch.tensor(pages, dtype=torch.int64)[:, None] * PAGE_ROWS
         self._slots = torch.cat([self._slots, (firsts + torch.arange(PAGE_ROWS)).flatten()])

@@ -51,6 +51,8 @@ class ModelRunner:
         self.step_rows = step_rows
         self.context_length = _context_length(model)
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        # Masks of four dimensions are taken as they are: none is built, and ours is not looked at.
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         try:
             attention.install(model)
@@ -77,17 +79,21 @@ class ModelRunner:
 
     def prepare(self, runs: Sequence[Run]) -> StepBatch:
         """Lay out a step of at most ``step_rows`` rows."""
-        batch = build_batch(runs, self.device)
+        batch = build_batch(runs, self._store.step_base, self.device)
         if len(batch) > self.step_rows:
             raise ValueError(f"a step of {len(batch)} rows exceeds the {self.step_rows} of the step buffers")
         return batch
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepOutput:
-        """Run the model over a step; its keys and values stay in the step buffers until the next step."""
+        """Run the model over a step.
+
+        Keys and values of runs are in their pages afterwards (``table.advance`` makes them count), those of trees in
+        the step buffers until the next step.
+        """
         hidden: list[torch.Tensor] = []
         with (
-            attention.step_attention(attention.StepContext(self._store, batch.segments)),
+            attention.step_attention(attention.StepContext(self._store, batch.slots, batch.segments)),
             self._hidden_rows(batch, hidden),
         ):
             logits = self._logits(batch)
@@ -95,7 +101,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def commit(self, step_rows: Sequence[int], slots: torch.Tensor) -> None:
-        """Copy rows of the last step into page slots int64[n] (see ``PageTable.slots``)."""
+        """Copy accepted tree rows of the last step into page slots int64[n] (see ``PageTable.slots``)."""
         rows = torch.tensor(step_rows, dtype=torch.int64, device=self.device)
         self._store.commit(rows, slots.to(self.device))
 
@@ -110,7 +116,12 @@ class ModelRunner:
         rows = torch.tensor(batch.logit_rows or [0], dtype=torch.int64, device=self.device)
         keep = {"logits_to_keep": rows} if self._keeps_logits else {}
         logits = self.model(
-            **self._inputs(batch), position_ids=batch.positions[None], use_cache=False, return_dict=True, **keep
+            **self._inputs(batch),
+            attention_mask=self._no_mask,
+            position_ids=batch.positions[None],
+            use_cache=False,
+            return_dict=True,
+            **keep,
         ).logits[0]
         logits = logits if keep else logits[rows]
         return logits if batch.logit_rows else logits[:0]
@@ -139,7 +150,8 @@ class ModelRunner:
     def _probe_shapes(self) -> dict[int, LayerShape]:
         probe = attention.ShapeProbe({})
         with attention.step_attention(probe):
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            self.model(input_ids=token, attention_mask=self._no_mask, use_cache=False)
         if not probe.shapes:
             raise ModelLoadError(
                 f"{type(self.model).__name__} has no layer that uses transformers' attention interface"
@@ -186,7 +198,6 @@ class ModelRunner:
             table.reserve(len(ids))
             for start, stop in ((0, 7), (7, 10)):
                 self.forward(self.prepare([Run(ids[start:stop], table)]))
-                self.commit(range(stop - start), table.slots(start, stop))
                 table.advance(stop - start)
             chain = [ids[0], *ids[11:]]  # row 0 is the side branch
             tree = TokenTree.of(chain, [-1, -1, 1, 2, 3, 4], needs=[Needs.LOGITS] * 6)
