@@ -87,6 +87,7 @@ class ModelDetails(Wire):
 
     context_length: int
     methods: list[str] = []
+    memory: dict[str, int] = {}  # bytes by use: weights, kv
 
 
 class EmbeddingsParams(Wire):

@@ -83,6 +83,7 @@ def serve(
             address=(worker_address or f"http://{host}:{port}").rstrip("/"),
             heart_beat_s=settings.heart_beat_s,
         )
+    logger.info("serving at http://%s:%d", host, port)
     config = uvicorn.Config(
         create_app(worker, registration.run if registration else None),
         log_level="warning",

@@ -1,5 +1,6 @@
 """The engine: one model on one device, one thread that runs it, any number of requests."""
 
+import gc
 import logging
 import os
 import platform
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -29,6 +30,8 @@ from workers.resolve import Limits, resolve
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 DEFAULT_REQUESTS = 16
 DEFAULT_QUEUE = 256
 BASELINE = "vanilla"  # always allowed
@@ -42,7 +45,7 @@ class Engine:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        load: Callable[[], Checkpoint],
         *,
         methods: Sequence[str] = (BASELINE,),
         kv_tokens: int | None = None,
@@ -50,36 +53,54 @@ class Engine:
         max_queue: int = DEFAULT_QUEUE,
         conv_template: str | None = None,
     ) -> None:
-        """See :meth:`load`."""
-        names = tuple(dict.fromkeys([*methods, BASELINE]))
-        try:
-            decoders = {name: method_class(name)() for name in names}
-            self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
-        except (UnknownMethod, ValueError) as error:
-            raise ModelLoadError(str(error)) from error
-        self.name = checkpoint.name
-        self.methods = names
-        self.tokenizer = checkpoint.tokenizer
-        runner = ModelRunner(checkpoint.model, kv_tokens=kv_tokens)
-        self.context_length = runner.context_length
-        self.kv_tokens = runner.kv_tokens
-        self._limits = Limits(runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), names)
-        self._core = EngineCore(
-            runner,
-            checkpoint.tokenizer,
-            decoders,
-            max_requests=max_requests,
-            describe=self._describe,
-            on_close=self._forget,
-        )
+        """See :meth:`load`. ``load`` is called on the engine's thread."""
+        self.methods = tuple(dict.fromkeys([*methods, BASELINE]))
+        self._max_requests = max_requests
         self._max_open = max_requests + max_queue
         self._open: set[int] = set()
         self._jobs: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closed = False
         self._last_step = perf_counter()
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        ready: Future[None] = Future()
+
+        def run() -> None:
+            # Loading happens here as well: a second thread that computes would get a pool of OpenMP threads of its own,
+            # and with more of them than cores each parallel region waits for a wake-up (measured: half the speed).
+            try:
+                self._set_up(load(), kv_tokens, conv_template)
+            except BaseException as error:
+                ready.set_exception(error)
+                return
+            gc.collect()
+            gc.freeze()  # the model's many objects live for ever: do not search them at every collection
+            ready.set_result(None)
+            self._loop()
+
+        self._thread = threading.Thread(target=run, name="engine", daemon=True)
         self._thread.start()
+        ready.result()
+
+    def _set_up(self, checkpoint: Checkpoint, kv_tokens: int | None, conv_template: str | None) -> None:
+        try:
+            decoders = {name: method_class(name)() for name in self.methods}
+            self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
+        except (UnknownMethod, ValueError) as error:
+            raise ModelLoadError(str(error)) from error
+        self.name = checkpoint.name
+        self.tokenizer = checkpoint.tokenizer
+        runner = ModelRunner(checkpoint.model, kv_tokens=kv_tokens)
+        self.context_length = runner.context_length
+        self.kv_tokens = runner.kv_tokens
+        self._limits = Limits(runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), self.methods)
+        self._core = EngineCore(
+            runner,
+            checkpoint.tokenizer,
+            decoders,
+            max_requests=self._max_requests,
+            describe=self._describe,
+            on_close=self._forget,
+        )
 
     @classmethod
     def load(
@@ -105,8 +126,9 @@ class Engine:
             ModelLoadError: the model cannot be served; one line.
         """
         place = _device(device)
-        checkpoint = load_checkpoint(model_path, dtype=_dtype(dtype, place), device=place)
-        return cls(checkpoint, methods=[method] if isinstance(method, str) else method, **options)
+        kind = _dtype(dtype, place)
+        methods = [method] if isinstance(method, str) else method
+        return cls(lambda: load_checkpoint(model_path, dtype=kind, device=place), methods=methods, **options)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -183,11 +205,15 @@ class Engine:
         if not 0 < len(token_ids) <= self.context_length:
             message = f"input: {len(token_ids)} tokens; must be 1 to {self.context_length}"
             raise RequestError(ErrorCode.CONTEXT_OVERFLOW, message)
-        future: Future[tuple[list[float], int]] = Future()
+        return self.between_steps(lambda runner: (runner.embed(token_ids).tolist(), len(token_ids)))
+
+    def between_steps(self, work: Callable[[ModelRunner], Result]) -> "Future[Result]":
+        """Run ``work`` on the engine's thread between two steps, for whatever else needs the model."""
+        future: Future[Result] = Future()
 
         def job() -> None:
             try:
-                future.set_result((self._core.runner.embed(token_ids).tolist(), len(token_ids)))
+                future.set_result(work(self._core.runner))
             except Exception as error:
                 future.set_exception(error)
 

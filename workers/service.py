@@ -122,7 +122,10 @@ def create_app(worker: Worker, background: Callable[[], Any] | None = None) -> F
     @app.post("/model_details")
     async def model_details() -> dict[str, Any]:
         engine = worker.engine
-        return ModelDetails(context_length=engine.context_length, methods=list(engine.methods)).model_dump()
+        details = ModelDetails(
+            context_length=engine.context_length, methods=list(engine.methods), memory=engine.memory()
+        )
+        return details.model_dump()
 
     @app.get("/health")
     async def health() -> JSONResponse:

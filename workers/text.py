@@ -19,7 +19,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
         """``context``: the last tokens before the first one that is pushed (a few of the prompt's)."""
-        self._tokenizer = tokenizer
+        # The tokenizer proper, where there is one: transformers' wrapping costs more than the decoding.
+        self._tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
         self._ids = list(context)
         self._window = 0  # where the decoded window starts
         self._emitted = len(self._ids)  # tokens whose text is out
@@ -37,11 +38,11 @@ class Detokenizer:
         return now[len(before) :].replace(REPLACEMENT, "")
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token on its own, as in logprobs; bytes that are no whole character read ``bytes:\\xf0\\x9f`` (OpenAI's way)."""
+    """A token on its own, as in logprobs; parts of characters read ``bytes:\\xf0\\x9f``, as in OpenAI's API."""
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     raw = _raw_bytes(str(tokenizer.convert_ids_to_tokens(token))) if REPLACEMENT in text else None
     return text if raw is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

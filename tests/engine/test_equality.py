@@ -1,4 +1,4 @@
-"""Our answers equal transformers' own: greedy on every family, alone and batched; sampled by seed under any batching."""
+"""Our answers equal transformers' own: greedy on every family, alone and batched; sampled by seed in any batch."""
 
 import random
 from collections.abc import Sequence

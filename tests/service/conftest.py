@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.support.tiny import tiny_engine
 from tests.support.serving import Served, serve
+from tests.support.tiny import tiny_engine
 from workers.service import Worker, create_app
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import httpx
 import numpy as np
@@ -33,7 +34,7 @@ def idle(live: LiveWorker) -> bool:
 def test_frames_grow_and_the_last_text_comes_twice(live: LiveWorker) -> None:
     frames = live.frames(**BASE)
     texts = [frame["text"] for frame in frames]
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert texts[-1] == texts[-2] != ""
     assert [frame["finish_reason"] for frame in frames[-2:]] == [None, "length"]
     assert all(frame["finish_reason"] is None for frame in frames[:-1])

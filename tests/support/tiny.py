@@ -18,7 +18,7 @@ def tiny_checkpoint(family: str = "llama", seed: int = 0) -> Checkpoint:
 
 def tiny_engine(family: str = "llama", **options: Any) -> Engine:
     """An engine with 4096 rows of KV unless told otherwise."""
-    return Engine(tiny_checkpoint(family), **{"kv_tokens": 4096, **options})
+    return Engine(lambda: tiny_checkpoint(family), **{"kv_tokens": 4096, **options})
 
 
 def save_tiny(folder: Path, family: str = "llama") -> Path:

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from workers.model.batch import KeyPlan, Segment
 from workers.model.kv import KVStore, LayerShape
+from workers.model.pages import Slots
 
 OVER_SDPA = "polydecode"
 OVER_EAGER = "polydecode_eager"  # for models whose stock attention sdpa cannot compute (softcap, sinks)
@@ -38,7 +39,7 @@ class StepContext:
     """What attention needs in one step."""
 
     store: KVStore
-    slots: torch.Tensor
+    slots: Slots
     segments: list[Segment]
 
 
@@ -144,12 +145,14 @@ def _attend(
     heads, rows, width = query.shape
     key_heads = keys.shape[0]
     groups = heads // key_heads
-    stacked = query.reshape(key_heads, groups * rows, width)
+    stacked = query.reshape(1, key_heads, groups * rows, width)
     bias = plan.additive(groups, query.dtype)
     if softcap is None and sinks is None:
-        out = scaled_dot_product_attention(stacked[None], keys[None], values[None], attn_mask=bias, scale=scale)[0]
+        out = scaled_dot_product_attention(stacked, keys[None], values[None], attn_mask=bias, scale=scale)
     else:
-        out = _attend_explicitly(stacked, keys, values, bias, scale, softcap, sinks)
+        out = _attend_explicitly(stacked[0], keys, values, bias, scale, softcap, sinks)
+    if rows == 1:
+        return out.reshape(1, heads, -1)
     return out.view(key_heads, groups, rows, -1).permute(2, 0, 1, 3).reshape(rows, heads, -1)
 
 
@@ -178,6 +181,8 @@ def _attend_explicitly(
 
 
 def _refuse_unknown(module: torch.nn.Module, keywords: dict[str, Any]) -> None:
+    if keywords.keys() <= _NEUTRAL and keywords.get("is_causal") is not False:
+        return
     for name, value in keywords.items():
         if name not in _NEUTRAL and value is not None and value is not False:
             raise UnsupportedAttention(f"{type(module).__name__} passes {name!r} to attention, which is not supported")

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from workers.model.pages import PageTable
+from workers.model.pages import PageTable, Slots
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
-
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
 
@@ -42,7 +41,7 @@ class Segment:
 
     Attributes:
         path: int64[n], slots of the thread's rows up to the end of the run, on the model's device.
-        contiguous: whether these slots are consecutive.
+        span: the same slots as a slice, if they are consecutive.
         positions: int64[t] of the rows.
         visible: bool[t, t] among the rows, or None for a single row.
     """
@@ -51,7 +50,7 @@ class Segment:
     tree_start: int
     stop: int
     path: torch.Tensor
-    contiguous: bool
+    span: slice | None
     positions: np.ndarray
     visible: np.ndarray | None
     plans: dict[int | None, "KeyPlan"] = field(default_factory=dict)
@@ -75,22 +74,19 @@ class Segment:
             mask = mask & (self.positions[:, None] - key_positions[None] < window)
         return KeyPlan(slots, None if mask.all() else torch.from_numpy(mask).to(device))
 
-    def _slots(self, first: int, step_base: int, device: torch.device) -> torch.Tensor | slice:
+    def _slots(self, first: int, step_base: int, device: torch.device) -> Slots:
         """The path from row ``first`` on, then the tree's rows in the step buffers."""
         if self.tree_start == self.stop:
-            if self.contiguous:
-                start = int(self.path[0])
-                return slice(start + first, start + len(self.path))
-            return self.path[first:]
+            return slice(self.span.start + first, self.span.stop) if self.span else self.path[first:]
         tree = torch.arange(step_base + self.tree_start, step_base + self.stop, device=device)
         return torch.cat([self.path[first:], tree])
 
 
 @dataclass
 class KeyPlan:
-    """Slots to read, int64[n] or consecutive ones as a slice, and which of them each row sees, bool[t, n] (None: all)."""
+    """n slots to read, and which of them each row sees, bool[t, n] (None: all)."""
 
-    slots: torch.Tensor | slice
+    slots: Slots
     visible: torch.Tensor | None
     bias: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
@@ -111,7 +107,7 @@ class StepBatch:
 
     Attributes:
         token_ids, positions: int64[T].
-        slots: int64[T], where each row's keys and values go: a page for a run's, the step buffers for a tree's.
+        slots: T slots, where each row's keys and values go: a page for a run's, the step buffers for a tree's.
         embedded_rows, embeddings: rows whose input is not their token's embedding, and float[E, hidden] for them.
         segments: one a run, in order.
         logit_rows, hidden_rows: rows that want logits, or their last hidden state, back; ascending.
@@ -119,7 +115,7 @@ class StepBatch:
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
+    slots: Slots
     embedded_rows: torch.Tensor
     embeddings: torch.Tensor | None
     segments: list[Segment]
@@ -150,8 +146,10 @@ def build_batch(runs: Sequence[Run], step_base: int, device: torch.device) -> St
         own = _positions(run)
         positions += own
         tree_start = start + len(run.token_ids)
-        path = run.table.slots(0, run.table.length + len(run.token_ids))
-        slots.append(path[run.table.length :])
+        length = run.table.length
+        path = run.table.slots(0, length + len(run.token_ids))
+        span = run.table.span(0, length + len(run.token_ids))
+        slots.append(path[length:])
         if run.tree:
             slots.append(torch.arange(step_base + tree_start, step_base + len(token_ids)))
         segments.append(
@@ -160,7 +158,7 @@ def build_batch(runs: Sequence[Run], step_base: int, device: torch.device) -> St
                 tree_start=tree_start,
                 stop=len(token_ids),
                 path=path.to(device, non_blocking=True),
-                contiguous=run.table.contiguous,
+                span=span,
                 positions=np.asarray(own),
                 visible=_visible(run),
             )
@@ -171,7 +169,7 @@ def build_batch(runs: Sequence[Run], step_base: int, device: torch.device) -> St
     return StepBatch(
         token_ids=ids.clamp(min=0).to(device),
         positions=torch.tensor(positions, device=device),
-        slots=torch.cat(slots).to(device),
+        slots=slice(span.stop - len(ids), span.stop) if span and len(slots) == 1 else torch.cat(slots).to(device),
         embedded_rows=(ids < 0).nonzero()[:, 0].to(device) if embeddings else _NO_ROWS,
         embeddings=torch.cat(embeddings).to(device) if embeddings else None,
         segments=segments,

@@ -2,15 +2,15 @@
 
 One tensor a layer, float[heads, slots + step_rows, width]; slot ``page * PAGE_ROWS + i`` is row i of a page, and the
 last ``step_rows`` slots are the step buffers. Rows of runs are committed tokens and go straight to their pages; rows of
-trees go to the buffers, and commit copies the accepted ones into pages. Attention reads both through one index. Layers of
-equal shape lie in one tensor, so that a commit is two copies and not two a layer.
+trees go to the buffers, and commit copies the accepted ones into pages. Attention reads both through one index. Layers
+of equal shape lie in one tensor, so that a commit is two copies and not two a layer.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from workers.model.pages import PAGE_ROWS
+from workers.model.pages import PAGE_ROWS, Slots
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,18 @@ class KVStore:
             for index, layer in enumerate(members):
                 self._layers[layer] = (keys[index], values[index])
 
-    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put the step's keys and values, float[heads, T, width] each, into ``slots`` int64[T]."""
+    def write(self, layer: int, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the step's keys and values, float[heads, T, width] each, into T slots."""
         stored_keys, stored_values = self._layers[layer]
-        stored_keys.index_copy_(1, slots, keys)
-        stored_values.index_copy_(1, slots, values)
+        if isinstance(slots, slice):
+            stored_keys[:, slots] = keys
+            stored_values[:, slots] = values
+        else:
+            stored_keys.index_copy_(1, slots, keys)
+            stored_values.index_copy_(1, slots, values)
 
-    def read(self, layer: int, slots: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of ``slots`` int64[n]: float[heads, n, width] each; views where they are a slice."""
+    def read(self, layer: int, slots: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of n slots: float[heads, n, width] each; views where the slots are a slice."""
         keys, values = self._layers[layer]
         if isinstance(slots, slice):
             return keys[:, slots], values[:, slots]

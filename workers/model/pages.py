@@ -12,6 +12,8 @@ import torch
 
 PAGE_ROWS = 16
 
+Slots = torch.Tensor | slice  # int64[n], or n consecutive ones, which are read and written without an index
+
 
 class OutOfPages(Exception):
     """No page is free; nothing was taken."""
@@ -67,11 +69,6 @@ class PageTable:
         self._slots = torch.empty(0, dtype=torch.int64)
 
     @property
-    def contiguous(self) -> bool:
-        """Whether the rows' slots are consecutive numbers."""
-        return not self._gaps
-
-    @property
     def capacity(self) -> int:
         return len(self.pages) * PAGE_ROWS
 
@@ -87,6 +84,13 @@ class PageTable:
     def slots(self, start: int, stop: int) -> torch.Tensor:
         """int64[stop - start]: where rows start..stop lie (a view)."""
         return self._slots[start:stop]
+
+    def span(self, start: int, stop: int) -> slice | None:
+        """The same slots as a slice if all of the table's are consecutive."""
+        if self._gaps:
+            return None
+        first = self.pages[0] * PAGE_ROWS
+        return slice(first + start, first + stop)
 
     def advance(self, rows: int) -> None:
         """Count ``rows`` more rows as committed; they must fit what was reserved."""

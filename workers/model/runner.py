@@ -113,8 +113,9 @@ class ModelRunner:
         return torch.nn.functional.normalize(states.float().mean(0), dim=0)
 
     def _logits(self, batch: StepBatch) -> torch.Tensor:
+        wants_all = len(batch.logit_rows) == len(batch)
         rows = torch.tensor(batch.logit_rows or [0], dtype=torch.int64, device=self.device)
-        keep = {"logits_to_keep": rows} if self._keeps_logits else {}
+        keep = {"logits_to_keep": 0 if wants_all else rows} if self._keeps_logits else {}
         logits = self.model(
             **self._inputs(batch),
             attention_mask=self._no_mask,
@@ -123,7 +124,7 @@ class ModelRunner:
             return_dict=True,
             **keep,
         ).logits[0]
-        logits = logits if keep else logits[rows]
+        logits = logits if keep or wants_all else logits[rows]
         return logits if batch.logit_rows else logits[:0]
 
     def _inputs(self, batch: StepBatch) -> dict[str, torch.Tensor]:
