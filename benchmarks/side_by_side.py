@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import psutil
@@ -96,14 +96,15 @@ def theirs(engine: Engine, question: str, new_tokens: int) -> Timed:
 
     def work(runner: ModelRunner) -> Timed:
         assert params.messages is not None
-        runner.model.set_attn_implementation("sdpa")
+        model: Any = runner.model  # transformers types `generate` as a tensor
+        model.set_attn_implementation("sdpa")
         started = time.perf_counter()
         ids = torch.tensor([engine.renderer.render(params.messages).token_ids])
         mask = torch.ones_like(ids)
         with torch.inference_mode():
-            out = runner.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
         seconds = time.perf_counter() - started
-        runner.model.set_attn_implementation(OVER_SDPA)
+        model.set_attn_implementation(OVER_SDPA)
         return Timed(out.shape[1] - ids.shape[1], seconds)
 
     return engine.between_steps(work).result()

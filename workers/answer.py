@@ -12,6 +12,8 @@ from workers.engine import Engine
 from workers.request import Event, Request, TokenReport
 from workers.text import token_text
 
+KEEP_ALIVE_S = 20.0  # FastChat's clients wait 100 s for a frame
+
 
 class Answer:
     """One request's events on an asyncio loop. Whoever makes it must close it, which cancels what still runs."""
@@ -31,11 +33,17 @@ class Answer:
     async def events(self) -> AsyncIterator[list[Event]]:
         """Batches of what has happened since the batch before; the last batch ends with the last event.
 
+        A batch is empty when nothing happened for KEEP_ALIVE_S (the request waits for its turn).
+
         Raises:
             RequestError: decoding failed.
         """
         while True:
-            batch = [await self._events.get()]
+            try:
+                batch = [await asyncio.wait_for(self._events.get(), KEEP_ALIVE_S)]
+            except TimeoutError:
+                yield []
+                continue
             while not self._events.empty():
                 batch.append(self._events.get_nowait())
             if batch[-1].error:
@@ -75,6 +83,10 @@ class FrameWriter:
             frame.threads = _thread_deltas(steps)
             frame.trace_header = next((event.header for event in events if event.header), None)
         return frame
+
+    def keep_alive(self) -> StreamFrame:
+        """A frame without news, for clients that give up on a silent stream."""
+        return StreamFrame(text="" if self._params.text_deltas else self._text, cumulative=not self._params.text_deltas)
 
     def final(self, last: Event) -> StreamFrame:
         """The closing frame: no new text, and the reason. FastChat's clients see the last text twice."""
@@ -125,6 +137,9 @@ async def frames(
     held: list[Event] = []
     try:
         async for batch in answer.events():
+            if not batch:
+                yield writer.keep_alive()
+                continue
             held += batch
             if len(held) < interval and not held[-1].last:
                 continue

