@@ -43,6 +43,7 @@ def main(
         host=settings.host,
         port=settings.port,
         log_level="info",
+        access_log=False,  # heart beats would drown what happens
         timeout_graceful_shutdown=_GRACE_S,
     )
 

@@ -68,8 +68,9 @@ class Registry:
 
     def unregister(self, name: str) -> None:
         """Forget a worker. Answers it is giving through this controller go on."""
-        if self.workers.pop(name, None) is not None:
-            self.changed.set()
+        if (worker := self.workers.get(name)) is not None:
+            log.info("%s left", worker.label)
+            self._drop(worker)
 
     def expire(self) -> None:
         """Drop the workers whose beats stopped."""
@@ -78,7 +79,11 @@ class Registry:
             if worker.is_overdue(now, self.settings.heart_beat_expiration_s):
                 log.warning("%s stopped beating and was dropped", worker.label)
                 worker.gone = True
-                self.unregister(worker.name)
+                self._drop(worker)
+
+    def _drop(self, worker: Worker) -> None:
+        del self.workers[worker.name]
+        self.changed.set()
 
     def health(self, worker: Worker) -> Health:
         return worker.health(self.settings.stall_s)

@@ -2,16 +2,21 @@
 
 import asyncio
 import logging
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 import uvicorn
+from pydantic import ValidationError
 
 from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from workers.registration import Registration
+    from workers.service import Worker
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 logger = logging.getLogger("polydecode")
@@ -26,7 +31,7 @@ def serve(
         str | None, typer.Option(help="how others reach this worker [default: host:port]")
     ] = None,
     host: str = "127.0.0.1",
-    port: int = 21002,
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 21002,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: by device]")] = None,
     kv_tokens: Annotated[int | None, typer.Option(min=16, help="rows of KV [default: from free memory]")] = None,
@@ -42,10 +47,11 @@ def serve(
     """Serve one model on one device with one or several decoding methods."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    listener = _listen(host, port)
+    settings = _settings()
+    listener = _bound_socket(host, port)
     port = listener.getsockname()[1]
     # Only now the slow imports: a port in use is reported at once.
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from workers.engine import Engine
     from workers.model.checkpoint import ModelLoadError
@@ -53,7 +59,7 @@ def serve(
     from workers.service import Worker, create_app, served_names
 
     disable_progress_bar()
-    settings = WorkerSettings()
+    set_verbosity_error()  # what keeps a model from being served is told in one line of ours
     methods = _names(method)
     try:
         engine = Engine.load(
@@ -83,6 +89,8 @@ def serve(
             address=(worker_address or f"http://{host}:{port}").rstrip("/"),
             heart_beat_s=settings.heart_beat_s,
         )
+    with _readable_socket_errors(host, port):
+        listener.listen(2048)
     logger.info("serving at http://%s:%d", host, port)
     config = uvicorn.Config(
         create_app(worker, registration.run if registration else None),
@@ -90,33 +98,59 @@ def serve(
         timeout_graceful_shutdown=settings.drain_s,
     )
     try:
-        asyncio.run(_DrainingServer(config, registration).serve(sockets=[listener]))
+        asyncio.run(_DrainingServer(config, worker, registration).serve(sockets=[listener]))
     finally:
         engine.close()
 
 
 class _DrainingServer(uvicorn.Server):
-    """On SIGTERM: leave the controller first, then finish what runs."""
+    """On SIGTERM or Ctrl-C: take nothing new, leave the controller, finish what runs, and end with status 0."""
 
-    def __init__(self, config: uvicorn.Config, registration: "Registration | None") -> None:
+    def __init__(self, config: uvicorn.Config, worker: "Worker", registration: "Registration | None") -> None:
         super().__init__(config)
+        self._worker = worker
         self._registration = registration
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # uvicorn's own raises the signal once more at the end, and the process would die of it.
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.draining = True
         if self._registration:
             await self._registration.leave()
         await super().shutdown(sockets)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _settings() -> WorkerSettings:
+    try:
+        return WorkerSettings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    """Takes the port, but does not listen: until the model is loaded, whoever calls is refused and not kept waiting."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
+    with _readable_socket_errors(host, port):
         listener.bind((host, port))
-        listener.listen(2048)
+    return listener
+
+
+@contextmanager
+def _readable_socket_errors(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         _fail(f"cannot listen on {host}:{port}: {error.strerror or error}")
-    return listener
 
 
 def _names(text: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from protocol.errors import ErrorCode, RequestError
 from protocol.generation import GenerateParams
@@ -22,7 +23,7 @@ from protocol.wire import parse_object
 from workers.core import EngineCore
 from workers.decoding.registry import UnknownMethod, method_class
 from workers.metrics import EngineCounters, EngineStatus
-from workers.model.checkpoint import Checkpoint, ModelLoadError, load_checkpoint, stop_token_ids
+from workers.model.checkpoint import Checkpoint, ModelLoadError, first_line, load_checkpoint, stop_token_ids
 from workers.model.runner import ModelRunner
 from workers.prompts import PromptRenderer
 from workers.request import Event, Request, Sink
@@ -68,7 +69,7 @@ class Engine:
             # Loading happens here as well: a second thread that computes would get a pool of OpenMP threads of its own,
             # and with more of them than cores each parallel region waits for a wake-up (measured: half the speed).
             try:
-                self._set_up(load(), kv_tokens, conv_template)
+                self._set_up(load, kv_tokens, conv_template)
             except BaseException as error:
                 ready.set_exception(error)
                 return
@@ -81,15 +82,16 @@ class Engine:
         self._thread.start()
         ready.result()
 
-    def _set_up(self, checkpoint: Checkpoint, kv_tokens: int | None, conv_template: str | None) -> None:
+    def _set_up(self, load: Callable[[], Checkpoint], kv_tokens: int | None, conv_template: str | None) -> None:
         try:
             decoders = {name: method_class(name)() for name in self.methods}
+            checkpoint = load()
             self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
         except (UnknownMethod, ValueError) as error:
             raise ModelLoadError(str(error)) from error
         self.name = checkpoint.name
         self.tokenizer = checkpoint.tokenizer
-        runner = ModelRunner(checkpoint.model, kv_tokens=kv_tokens)
+        runner = _runner(checkpoint.model, kv_tokens)
         self.context_length = runner.context_length
         self.kv_tokens = runner.kv_tokens
         self._limits = Limits(runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), self.methods)
@@ -330,13 +332,24 @@ class Engine:
         )
 
 
+def _runner(model: PreTrainedModel, kv_tokens: int | None) -> ModelRunner:
+    try:
+        return ModelRunner(model, kv_tokens=kv_tokens)
+    except ModelLoadError:
+        raise
+    except Exception as error:  # models that are built in another way fail anywhere in their code, or in ours
+        raise ModelLoadError(f"{type(model).__name__} cannot be served: {first_line(error)}") from error
+
+
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ModelLoadError(f"no such device: {name}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(f"device {name}: no GPU that torch can use was found")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelLoadError(f"device {name}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelLoadError(f"device {name}: torch finds {torch.cuda.device_count()} GPUs that it can use")
     return device
 
 

@@ -25,10 +25,12 @@ class Registration:
         self._worker = worker
         self._address = address
         self._heart_beat_s = heart_beat_s
+        self._running: asyncio.Task[None] | None = None
         self._client = httpx.AsyncClient(base_url=controller, timeout=TIMEOUT_S, trust_env=False)
 
     async def run(self) -> None:
         """Register and beat until cancelled; any failure is retried with growing pauses."""
+        self._running = asyncio.current_task()
         registered = False
         while True:
             if not registered:
@@ -38,27 +40,33 @@ class Registration:
 
     async def leave(self) -> None:
         """Tell the controller to send nothing more; a controller that is gone does not matter."""
-        self._worker.draining = True
+        if self._running:  # a beat after this would only register the worker again
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
         try:
             await self._post("/unregister_worker", UnregisterWorker(worker_name=self._address))
         except (httpx.HTTPError, ValueError) as error:
-            logger.info("could not unregister: %s", error)
+            logger.info("could not unregister: %s", _reason(error))
         await self._client.aclose()
 
     async def _register(self) -> None:
-        message = RegisterWorker(worker_name=self._address, worker_status=self._worker.status())
-        pause = FIRST_RETRY_S
-        while True:
-            try:
-                refusal = await self._post("/register_worker", message)
-                if not refusal:
-                    logger.info("registered %s at %s", ", ".join(self._worker.defaults), self._client.base_url)
-                    return
-                logger.warning("the controller refuses this worker: %s", refusal)
-            except (httpx.HTTPError, ValueError) as error:
-                logger.warning("no controller at %s (%s); trying again", self._client.base_url, _reason(error))
+        pause, told = FIRST_RETRY_S, ""
+        while trouble := await self._registration_trouble():
+            if trouble != told:
+                logger.warning("%s; trying again", trouble)
+                told = trouble
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_RETRY_S)
+            pause = min(2 * pause, LAST_RETRY_S, self._heart_beat_s)
+        logger.info("registered %s at %s", ", ".join(self._worker.defaults), self._client.base_url)
+
+    async def _registration_trouble(self) -> str:
+        """Try once to register; what went wrong, or nothing."""
+        message = RegisterWorker(worker_name=self._address, worker_status=self._worker.status())
+        try:
+            refusal = await self._post("/register_worker", message)
+        except (httpx.HTTPError, ValueError) as error:
+            return f"no controller at {self._client.base_url} ({_reason(error)})"
+        return f"the controller refuses this worker: {refusal}" if refusal else ""
 
     async def _beat(self) -> bool:
         """Send one beat; False if the controller does not know this worker or could not be reached."""

@@ -9,6 +9,7 @@ from itertools import pairwise
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from protocol.generation import FrameDecoder, StreamFrame
 from protocol.trace import RequestTrace
@@ -145,8 +146,6 @@ def rendered(fastchat, conv: dict, system: str | None) -> str:
 
 def test_embeddings_are_unit_means_of_the_last_hidden_states(live: LiveWorker) -> None:
     answer = live.client.post("/worker_get_embeddings", json={"input": ["hello", "you"]}).json()
-    import torch
-
     model = tiny_checkpoint().model
     ids = torch.tensor([live.worker.engine.tokenizer.encode("hello")])
     with torch.inference_mode():

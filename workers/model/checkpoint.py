@@ -56,15 +56,14 @@ def load_checkpoint(path: str, *, dtype: torch.dtype, device: torch.device) -> C
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except ModelLoadError:
-        raise
+        model, report = loaded
+        model.to(device).eval()
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise ModelLoadError(f"cannot load {path!r}: {_first_line(error)}") from error
-    model, report = loaded
+        raise ModelLoadError(f"cannot load {path!r}: {first_line(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"{path!r} lacks {len(missing)} of the model's weights, for instance {missing[0]}")
-    return Checkpoint(name, model.to(device).eval(), tokenizer)
+    return Checkpoint(name, model, tokenizer)
 
 
 def stop_token_ids(checkpoint: Checkpoint) -> frozenset[int]:
@@ -124,7 +123,7 @@ def _hub_file(repository: str, filename: str) -> Path:
     try:
         return Path(hf_hub_download(repository, filename))
     except Exception as error:
-        raise ModelLoadError(f"cannot fetch {filename} of {repository}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot fetch {filename} of {repository}: {first_line(error)}") from error
 
 
 def cache_folder() -> Path:
@@ -157,7 +156,7 @@ def _convert(gguf: Path, target: Path) -> None:
         plain = type(loaded)(config).float()
         plain.load_state_dict(loaded.state_dict())
     except Exception as error:  # a corrupt file fails anywhere in the readers
-        raise ModelLoadError(f"cannot read the GGUF file {gguf}: {_first_line(error)}") from error
+        raise ModelLoadError(f"cannot read the GGUF file {gguf}: {first_line(error)}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "model"
@@ -170,5 +169,6 @@ def _convert(gguf: Path, target: Path) -> None:
                 raise
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An exception in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
