@@ -81,10 +81,6 @@ class Registry:
                 worker.gone = True
                 self._drop(worker)
 
-    def _drop(self, worker: Worker) -> None:
-        del self.workers[worker.name]
-        self.changed.set()
-
     def health(self, worker: Worker) -> Health:
         return worker.health(self.settings.stall_s)
 
@@ -114,3 +110,7 @@ class Registry:
             return RequestError(ErrorCode.CONTROLLER_NO_WORKER, f"no worker for model {model!r} is available now")
         served = ", ".join(self.models()) or "none"
         return RequestError(ErrorCode.INVALID_MODEL, f"model {model!r} is not served here; models: {served}")
+
+    def _drop(self, worker: Worker) -> None:
+        del self.workers[worker.name]
+        self.changed.set()

@@ -112,7 +112,9 @@ def test_bad_bodies_get_one_error_frame(live: LiveWorker, path: str, body: bytes
 def test_other_endpoints(live: LiveWorker) -> None:
     assert live.client.post("/count_token", json={"prompt": "hello"}).json() == {"count": 5, "error_code": 0}
     assert live.client.post("/count_token").json()["count"] == 0
-    assert live.client.post("/model_details").json() == {"context_length": 512, "methods": ["vanilla"]}
+    details = live.client.post("/model_details").json()
+    assert (details["context_length"], details["methods"]) == (512, ["vanilla"])
+    assert details["memory"] == live.worker.engine.memory()
     status = live.client.post("/worker_get_status").json()
     assert (status["model_names"], status["speed"], status["queue_length"]) == (["tiny"], 1, 0)
     assert live.client.get("/health").json() == {"status": "ok"}

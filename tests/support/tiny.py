@@ -1,5 +1,6 @@
 """Tiny checkpoints and engines for tests."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ def tiny_engine(family: str = "llama", **options: Any) -> Engine:
     return Engine(lambda: tiny_checkpoint(family), **{"kv_tokens": 4096, **options})
 
 
-def save_tiny(folder: Path, family: str = "llama") -> Path:
+def save_tiny(folder: Path, family: str = "llama", context: int = 512) -> Path:
     """A loadable checkpoint folder."""
     checkpoint = tiny_checkpoint(family)
     checkpoint.model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
     checkpoint.tokenizer.save_pretrained(folder)
     return folder

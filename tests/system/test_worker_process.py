@@ -1,0 +1,128 @@
+"""The worker as a process: how it refuses to start, how it finds its controller, how it leaves."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import transformers as tf
+from safetensors.torch import load_file, save_file
+
+from tests.support import processes
+from tests.support.families import VOCABULARY
+from tests.support.processes import ENVIRONMENT, addresses, free_port
+from tests.support.serving import wait_until
+from tests.support.tiny import save_tiny
+from tests.support.tokenizers import byte_tokenizer
+
+
+def refusal(*options: str) -> str:
+    """The one line with which a worker refuses to start."""
+    command = [sys.executable, "-m", "workers", "--no-register", "--port", "0", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, ended.stderr
+    assert ended.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+def broken(folder: Path, kind: str) -> Path:
+    """A model path that cannot be served."""
+    if kind == "garbage.gguf":
+        (folder / kind).write_bytes(b"GGUF" + bytes(range(256)) * 8)
+    elif kind == "text.gguf":
+        (folder / kind).write_bytes(b"no such format")
+    elif kind == "empty":
+        (folder / kind).mkdir()
+    elif kind == "missing weight":
+        save_tiny(folder / kind)
+        weights = load_file(folder / kind / "model.safetensors")
+        del weights["model.layers.2.mlp.up_proj.weight"]
+        save_file(weights, folder / kind / "model.safetensors", {"format": "pt"})
+    elif kind == "mamba":
+        config = tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
+        tf.MambaForCausalLM(config).save_pretrained(folder / kind)
+        byte_tokenizer().save_pretrained(folder / kind)
+    return folder / kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("nowhere", "no such model path"),
+        ("garbage.gguf", "cannot read the GGUF file"),
+        ("text.gguf", "is no GGUF file"),
+        ("empty", "no config.json"),
+        ("missing weight", "model.layers.2.mlp.up_proj.weight"),
+        ("mamba", "Mamba"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, kind: str, words: str) -> None:
+    assert words in refusal("--model-path", str(broken(tmp_path, kind)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model-path", "smollm9"], "smollm2-135m"),
+        (["--method", "telepathy"], "telepathy"),
+        (["--device", "abacus"], "abacus"),
+        (["--dtype", "float7"], "float7"),
+        (["--conv-template", "nonesuch"], "nonesuch"),
+    ],
+)
+def test_unknown_names_are_refused_in_one_line(checkpoint: Path, options: list[str], words: str) -> None:
+    path = [] if "--model-path" in options else ["--model-path", str(checkpoint)]
+    assert words in refusal(*path, *options)
+
+
+def test_a_port_in_use_is_refused_before_anything_slow(checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        script = "import sys, runpy; sys.modules['torch'] = None; runpy.run_module('workers', run_name='__main__')"
+        command = [sys.executable, "-c", script, "--model-path", str(checkpoint), "--port", port]
+        ended = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == f"error: cannot listen on 127.0.0.1:{port}: Address already in use"
+
+
+def test_a_worker_waits_for_its_controller_and_survives_its_restart(checkpoint: Path, tmp_path: Path) -> None:
+    port = free_port()
+    url, state = f"http://127.0.0.1:{port}", tmp_path / "state.json"
+    options = ["--controller-address", url]
+    with processes.worker(checkpoint, None, *options, "--register") as worker:
+        assert generated(worker.url)["error_code"] == 0  # it serves although nobody knows it
+        for _ in range(2):
+            with processes.controller(port, state) as controller:
+                wait_until(lambda: worker.url in addresses(url))
+                controller.kill()
+            state.unlink(missing_ok=True)  # the second controller knows nobody
+
+
+def generated(url: str, **params: object) -> dict:
+    body = {"prompt": "hi", "max_new_tokens": 4, "temperature": 0, **params}
+    return httpx.post(f"{url}/worker_generate", json=body, timeout=60, trust_env=False).json()
+
+
+def test_sigterm_leaves_the_controller_and_finishes_what_runs(checkpoint: Path, tmp_path: Path) -> None:
+    with (
+        processes.controller(state=tmp_path / "state.json") as controller,
+        processes.worker(checkpoint, controller.url) as worker,
+        httpx.Client(timeout=60, trust_env=False) as client,
+    ):
+        body = {"prompt": "hi", "max_new_tokens": 300, "temperature": 0, "echo": False}
+        with client.stream("POST", f"{worker.url}/worker_generate_stream", json=body) as response:
+            chunks = response.iter_raw()
+            received = next(chunks)
+            worker.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not addresses(controller.url))
+            received += b"".join(chunks)
+        last = json.loads(received.split(b"\0")[-2])
+        assert last["finish_reason"] in ("length", "stop")
+        assert worker.process.wait(60) == 0
