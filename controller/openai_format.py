@@ -1,6 +1,7 @@
 """Pieces of answers as OpenAI's chat and completion objects."""
 
 import json
+import re
 from typing import Any, Protocol
 
 from controller.pieces import Piece
@@ -118,15 +119,21 @@ def chat_logprobs(logprobs: Logprobs | None) -> ChatLogprobs | None:
             TokenLogprob(
                 token=token,
                 logprob=_number(logprob),
-                bytes=list(token.encode()),
+                bytes=_bytes(token),
                 top_logprobs=[
-                    TopLogprob(token=other, logprob=_number(value), bytes=list(other.encode()))
+                    TopLogprob(token=other, logprob=_number(value), bytes=_bytes(other))
                     for other, value in (top or {}).items()
                 ],
             )
             for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, tops, strict=False)
         ]
     )
+
+
+def _bytes(token: str) -> list[int]:
+    """A token's bytes; part of a character arrives as ``bytes:\\xf0\\x9f``."""
+    escaped = re.fullmatch(r"bytes:((?:\\x[0-9a-f]{2})+)", token)
+    return list(bytes.fromhex(escaped[1].replace("\\x", "")) if escaped else token.encode())
 
 
 def _number(logprob: float | None) -> float:

@@ -37,6 +37,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--save-path", required=True, type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--max-length", type=_positive, default=2048, help="tokens of prompt and answer (%(default)s)")
+    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="tokens of one answer (as many as fit)")
     parser.add_argument("--limit", type=_positive, metavar="N", help="only the first N questions of each data set")
     parser.add_argument("--concurrency", type=_positive, metavar="N", help="questions at a time (4 for each worker)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
@@ -62,6 +63,7 @@ class GetTrace:
         self._settings = RunSettings(
             model=arguments.model,
             max_length=arguments.max_length,
+            max_tokens=arguments.max_tokens,
             temperature=arguments.temperature,
             seed=arguments.seed,
             method=arguments.method,

@@ -9,7 +9,8 @@ class RunSettings:
     """The model and how it is to decode; the same for all questions of a run."""
 
     model: str
-    max_length: int = 2048
+    max_length: int = 2048  # prompt and answer together
+    max_tokens: int | None = None  # of one answer
     temperature: float = 0.0
     seed: int | None = None
     method: str | None = None
@@ -34,4 +35,9 @@ class RunSettings:
         return not self.prompt_ids or all(trace["header"].get("prompt_token_ids") for trace in record["traces"])
 
     def _parameters(self) -> dict[str, Any]:
-        return {"max_length": self.max_length, "temperature": self.temperature, "seed": self.seed}
+        return {
+            "max_length": self.max_length,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }

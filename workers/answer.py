@@ -9,6 +9,7 @@ from protocol.errors import RequestError
 from protocol.generation import GenerateParams, Logprobs, StreamFrame, ThreadDelta, Usage, error_frame
 from protocol.trace import RequestTrace, StepTrace
 from workers.engine import Engine
+from workers.model.sampling import TokenLogprobs
 from workers.request import Event, Request, TokenReport
 from workers.text import token_text
 
@@ -109,13 +110,16 @@ class FrameWriter:
             new.text_offset.append(self._offset)
             new.tokens.append(token)
             new.token_logprobs.append(report.logprobs.logprob if report.logprobs else None)
-            new.top_logprobs.append(
-                {self._token_text(best): value for best, value in reversed(report.logprobs.top)}
-                if report.logprobs
-                else None
-            )
+            new.top_logprobs.append(self._alternatives(report.logprobs) if report.logprobs else None)
             self._offset += len(token)
         return new
+
+    def _alternatives(self, logprobs: TokenLogprobs) -> dict[str, float | None]:
+        """Best first; of tokens that read alike the best one counts."""
+        texts: dict[str, float | None] = {}
+        for token, value in logprobs.top:
+            texts.setdefault(self._token_text(token), value)
+        return texts
 
     def _token_text(self, token: int) -> str:
         return token_text(self._tokenizer, token)

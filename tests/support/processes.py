@@ -16,7 +16,7 @@ from tests.support.serving import wait_until
 
 ENVIRONMENT = {
     **os.environ,
-    "FASTCHAT_WORKER_HEART_BEAT_INTERVAL": "0.5",
+    "FASTCHAT_WORKER_HEART_BEAT_INTERVAL": "1",  # FastChat reads whole seconds
     "HF_HUB_OFFLINE": "1",
     "LOGDIR": "",
     "OMP_NUM_THREADS": "1",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
@@ -20,10 +21,10 @@ from tests.support.tiny import save_tiny
 from tests.support.tokenizers import byte_tokenizer
 
 
-def refusal(*options: str) -> str:
+def refusal(*options: str, **environment: str) -> str:
     """The one line with which a worker refuses to start."""
     command = [sys.executable, "-m", "workers", "--no-register", "--port", "0", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    ended = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, timeout=120)
     assert ended.returncode == 1, ended.stderr
     assert "Traceback" not in ended.stderr
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
@@ -49,7 +50,22 @@ def broken(folder: Path, kind: str) -> Path:
         config = tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4)
         tf.MambaForCausalLM(config).save_pretrained(folder / kind)
         byte_tokenizer().save_pretrained(folder / kind)
+    elif kind == "convolutions":
+        hybrid(folder / kind)
     return folder / kind
+
+
+def hybrid(folder: Path) -> None:
+    """LFM2: beside attention it has convolutions along the rows, which know nothing of trees and chunks."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "full_attn_idxs": [1]}
+    config = tf.Lfm2Config(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, **heads)
+    torch.manual_seed(0)
+    model = tf.Lfm2ForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +76,8 @@ def broken(folder: Path, kind: str) -> Path:
         ("text.gguf", "is no GGUF file"),
         ("empty", "no config.json"),
         ("missing weight", "model.layers.2.mlp.up_proj.weight"),
-        ("mamba", "Mamba"),
+        ("mamba", "MambaForCausalLM cannot be served"),
+        ("convolutions", "Lfm2ForCausalLM is not supported: over token trees its logits differ"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, kind: str, words: str) -> None:
@@ -80,6 +97,11 @@ def test_a_model_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, ki
 def test_unknown_names_are_refused_in_one_line(checkpoint: Path, options: list[str], words: str) -> None:
     path = [] if "--model-path" in options else ["--model-path", str(checkpoint)]
     assert words in refusal(*path, *options)
+
+
+def test_a_bad_setting_is_refused_in_one_line(checkpoint: Path) -> None:
+    line = refusal("--model-path", str(checkpoint), FASTCHAT_WORKER_HEART_BEAT_INTERVAL="often")
+    assert "FASTCHAT_WORKER_HEART_BEAT_INTERVAL" in line
 
 
 def test_a_port_in_use_is_refused_before_anything_slow(checkpoint: Path) -> None:
@@ -105,24 +127,36 @@ def test_a_worker_waits_for_its_controller_and_survives_its_restart(checkpoint: 
             state.unlink(missing_ok=True)  # the second controller knows nobody
 
 
-def generated(url: str, **params: object) -> dict:
-    body = {"prompt": "hi", "max_new_tokens": 4, "temperature": 0, **params}
+def generated(url: str) -> dict:
+    body = {"prompt": "hi", "max_new_tokens": 4, "temperature": 0}
     return httpx.post(f"{url}/worker_generate", json=body, timeout=60, trust_env=False).json()
 
 
+def takes_nothing_new(url: str) -> bool:
+    """Whether a worker refuses a request, in the answer or at its door."""
+    try:
+        return generated(url)["error_code"] != 0
+    except httpx.TransportError:
+        return True
+
+
 def test_sigterm_leaves_the_controller_and_finishes_what_runs(checkpoint: Path, tmp_path: Path) -> None:
+    """The stream still runs when the worker has left the table and refuses what is new; then the process ends well."""
+    tokens = 1500
+    body = {"prompt": "hi", "max_new_tokens": tokens, "temperature": 0, "logit_bias": {2: -100}, "text_deltas": True}
     with (
         processes.controller(state=tmp_path / "state.json") as controller,
         processes.worker(checkpoint, controller.url) as worker,
         httpx.Client(timeout=60, trust_env=False) as client,
     ):
-        body = {"prompt": "hi", "max_new_tokens": 300, "temperature": 0, "echo": False}
         with client.stream("POST", f"{worker.url}/worker_generate_stream", json=body) as response:
             chunks = response.iter_raw()
             received = next(chunks)
             worker.process.send_signal(signal.SIGTERM)
             wait_until(lambda: not addresses(controller.url))
+            assert takes_nothing_new(worker.url)
+            assert worker.process.poll() is None
             received += b"".join(chunks)
         last = json.loads(received.split(b"\0")[-2])
-        assert last["finish_reason"] in ("length", "stop")
+        assert (last["finish_reason"], last["usage"]["completion_tokens"]) == ("length", tokens)
         assert worker.process.wait(60) == 0
