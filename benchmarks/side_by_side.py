@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -142,9 +143,13 @@ def worker_memory(model_path: str, questions: list[str], new_tokens: int) -> dic
         try:
             assert worker.stderr is not None
             url = next(line.split()[-1] for line in worker.stderr if "serving at" in line)
-            body = _params(questions[0], new_tokens).model_dump()
-            with httpx.Client(base_url=url, timeout=600, trust_env=False) as client:
-                client.post("/worker_generate", json=body).raise_for_status()
+            bodies = [_params(question, new_tokens).model_dump() for question in questions[:STREAMS]]
+            with (
+                httpx.Client(base_url=url, timeout=600, trust_env=False) as client,
+                ThreadPoolExecutor(STREAMS) as pool,
+            ):
+                answers = list(pool.map(lambda body: client.post("/worker_generate", json=body).json(), bodies))
+                assert not any(answer["error_code"] for answer in answers)
                 budget = client.post("/model_details").json()["memory"]
             peak = int(Path(f"/proc/{worker.pid}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
         finally:

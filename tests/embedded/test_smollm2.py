@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.side_by_side import worker_memory
 from benchmarks.verify import Case, answers, compare
 from traces.datasets import load_datasets
 from workers.engine import Engine
@@ -46,3 +47,8 @@ def test_it_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     checkpoint = load_checkpoint("smollm2-135m", dtype=torch.float32, device=torch.device("cpu"))
     assert checkpoint.tokenizer.chat_template
+
+
+def test_a_workers_peak_memory_is_its_weights_its_kv_and_little_more() -> None:
+    questions = [question.turns[0] for question in load_datasets(["vicuna_bench"])[0].questions]
+    assert worker_memory("smollm2-135m", questions, 16)["rest_mb"] < 900

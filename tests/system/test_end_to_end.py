@@ -53,11 +53,10 @@ def test_a_streamed_answer_is_the_whole_one(client: openai.OpenAI, model: str) -
 
 
 def test_traces_ride_along(client: openai.OpenAI, model: str) -> None:
-    chunks = list(
-        client.chat.completions.create(
-            model=model, messages=MESSAGES, temperature=0, max_tokens=20, stream=True, extra_body={"trace": "full"}
-        )
-    )
+    """With the keys that OpenAI's API does not have: they reach the worker, and its steps come back."""
+    extra = {"trace": "full", "method": "vanilla", "top_k": 1}
+    options = {"model": model, "messages": MESSAGES, "max_tokens": 20}
+    chunks = list(client.chat.completions.create(**options, stream=True, extra_body=extra))
     extras = [chunk.model_extra or {} for chunk in chunks]
     steps = [StepTrace.model_validate(step) for extra in extras for step in extra.get("trace") or []]
     header = next(extra["trace_header"] for extra in extras if extra.get("trace_header"))
@@ -65,8 +64,11 @@ def test_traces_ride_along(client: openai.OpenAI, model: str) -> None:
     trace = RequestTrace.model_validate({"header": header, "steps": steps, "summary": summary})
     assert sum(len(thread.token_ids) for step in steps for thread in step.threads) == trace.summary.tokens == 20
     assert len(trace.header.prompt_token_ids) == trace.header.prompt_tokens
+    assert (trace.header.method, trace.header.parameters["top_k"]) == ("vanilla", 1)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert "".join(thread.text for step in steps for thread in step.threads) == text
+    greedy = client.chat.completions.create(**options, temperature=0)
+    assert greedy.choices[0].message.content == text
 
 
 def test_choices_seeds_and_stops(client: openai.OpenAI, model: str) -> None:
@@ -156,8 +158,11 @@ def test_leaving_the_controller_stops_the_worker(fleet: Fleet, model: str) -> No
 
 
 def test_after_200_random_departures_everything_is_free(fleet: Fleet, model: str) -> None:
+    """Clients of both doors that leave early, late or at once, bad requests and good ones, 12 at a time."""
     controller, worker = fleet
     url = f"{controller.url}/v1/chat/completions"
+    fastchats = {"model": model, "prompt": "hi", "temperature": 0, "max_new_tokens": 3500}
+    streams = [(url, endless(fleet, model)), (f"{controller.url}/worker_generate_stream", fastchats)]
 
     def one(index: int) -> None:
         chooser = random.Random(index)
@@ -172,7 +177,8 @@ def test_after_200_random_departures_everything_is_free(fleet: Fleet, model: str
                 with pytest.raises(httpx.TimeoutException):
                     http.post(url, json=endless(fleet, model, stream=False), timeout=chooser.choice([0.05, 0.3]))
             else:
-                with http.stream("POST", url, json=endless(fleet, model)) as response:
+                address, body = chooser.choice(streams)
+                with http.stream("POST", address, json=body) as response:
                     chunks = response.iter_raw()
                     for _ in range(chooser.randint(0, 4)):
                         next(chunks)
@@ -193,6 +199,9 @@ def test_a_dying_worker_ends_its_stream_and_the_other_goes_on(checkpoint: Path, 
     ):
         url = f"{controller.url}/v1/chat/completions"
         body = {"model": checkpoint.name, "messages": MESSAGES, "temperature": 0, "max_tokens": 3500, "stream": True}
+        for _ in range(2):
+            assert http.post(url, json={**body, "stream": False, "max_tokens": 3}).status_code == 200
+        assert [metrics(each.url)["polydecode_requests_finished_total"] for each in (first, second)] == [1, 1]
         with http.stream("POST", url, json=body) as response:
             chunks = response.iter_raw()
             next(chunks)

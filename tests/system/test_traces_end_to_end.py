@@ -17,8 +17,9 @@ BENCHMARKS = ["vicuna_bench", "mt_bench"]
 
 def command(controller: Program, model: str, folder: Path, *options: str) -> list[str]:
     arguments = ["--controller", controller.url, "--model", model, "--dataset", *BENCHMARKS, "--limit", str(LIMIT)]
-    lengths = ["--max-length", "4000", "--max-tokens", "60"]
-    return [sys.executable, "-m", "traces.get_trace", *arguments, *lengths, "--save-path", str(folder), *options]
+    # One at a time: equal batches give equal bits, so that the answers of two runs can be compared without a tie rule.
+    sizes = ["--max-length", "4000", "--max-tokens", "60", "--concurrency", "1"]
+    return [sys.executable, "-m", "traces.get_trace", *arguments, *sizes, "--save-path", str(folder), *options]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -60,14 +61,13 @@ def test_a_worker_that_dies_in_the_middle_costs_nothing(undisturbed: Path, check
     """Killed and started again on the same port; ``--resume`` finishes what the retries did not."""
     port, folder = free_port(), tmp_path / "traces"
     with processes.controller(state=tmp_path / "state.json") as controller:
-        options = ["--concurrency", "1"]
         with processes.worker(checkpoint, controller.url, port=port):
-            collecting = subprocess.Popen(command(controller, checkpoint.name, folder, *options), env=ENVIRONMENT)
+            collecting = subprocess.Popen(command(controller, checkpoint.name, folder), env=ENVIRONMENT)
             wait_until(lambda: done(folder) >= 3, 120)
         assert done(folder) < 2 * LIMIT, "the worker was killed too late to matter"
         with processes.worker(checkpoint, controller.url, port=port):
             collecting.wait(300)
-            resumed = run(command(controller, checkpoint.name, folder, *options, "--resume"))
+            resumed = run(command(controller, checkpoint.name, folder, "--resume"))
             assert resumed.returncode == 0, resumed.stderr
     for benchmark in BENCHMARKS:
         expected = [(entry["question_id"], entry["answers"]) for entry in records(undisturbed, benchmark)]

@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -68,35 +70,45 @@ def hybrid(folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("nowhere", "no such model path"),
-        ("garbage.gguf", "cannot read the GGUF file"),
-        ("text.gguf", "is no GGUF file"),
-        ("empty", "no config.json"),
-        ("missing weight", "model.layers.2.mlp.up_proj.weight"),
-        ("mamba", "MambaForCausalLM cannot be served"),
-        ("convolutions", "Lfm2ForCausalLM is not supported: over token trees its logits differ"),
-    ],
-)
-def test_a_model_that_cannot_be_served_is_refused_in_one_line(tmp_path: Path, kind: str, words: str) -> None:
-    assert words in refusal("--model-path", str(broken(tmp_path, kind)))
+# What cannot be served, and what the refusal says about it.
+MODELS = {
+    "nowhere": "no such model path",
+    "garbage.gguf": "cannot read the GGUF file",
+    "text.gguf": "is no GGUF file",
+    "empty": "no config.json",
+    "missing weight": "model.layers.2.mlp.up_proj.weight",
+    "mamba": "MambaForCausalLM cannot be served",
+    "convolutions": "Lfm2ForCausalLM is not supported: over token trees its logits differ",
+}
+OPTIONS = {
+    "--model-path smollm9": "smollm2-135m",
+    "--method telepathy": "unknown method 'telepathy'",
+    "--device abacus": "abacus",
+    "--dtype float7": "float7",
+    "--conv-template nonesuch": "nonesuch",
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--model-path", "smollm9"], "smollm2-135m"),
-        (["--method", "telepathy"], "telepathy"),
-        (["--device", "abacus"], "abacus"),
-        (["--dtype", "float7"], "float7"),
-        (["--conv-template", "nonesuch"], "nonesuch"),
-    ],
-)
-def test_unknown_names_are_refused_in_one_line(checkpoint: Path, options: list[str], words: str) -> None:
-    path = [] if "--model-path" in options else ["--model-path", str(checkpoint)]
-    assert words in refusal(*path, *options)
+@pytest.fixture(scope="module")
+def refusals(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[str]]]:
+    """All of them, two processes at a time: each spends seconds on its imports."""
+    folder = tmp_path_factory.mktemp("broken")
+    with ThreadPoolExecutor(2) as pool:
+        models = {kind: pool.submit(refusal, "--model-path", str(broken(folder, kind))) for kind in MODELS}
+        usual = ["--model-path", str(checkpoint)]  # the last --model-path counts
+        yield models | {words: pool.submit(refusal, *usual, *words.split()) for words in OPTIONS}
+
+
+@pytest.mark.parametrize(("kind", "words"), MODELS.items())
+def test_a_model_that_cannot_be_served_is_refused_in_one_line(
+    refusals: dict[str, Future[str]], kind: str, words: str
+) -> None:
+    assert words in refusals[kind].result()
+
+
+@pytest.mark.parametrize(("options", "words"), OPTIONS.items())
+def test_unknown_names_are_refused_in_one_line(refusals: dict[str, Future[str]], options: str, words: str) -> None:
+    assert words in refusals[options].result()
 
 
 def test_a_bad_setting_is_refused_in_one_line(checkpoint: Path) -> None:
