@@ -1,6 +1,8 @@
 """``python -m controller``: serve one controller."""
 
 import logging
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,25 @@ def main(
         first = error.errors(include_url=False)[0]
         typer.echo(f"error: {'.'.join(map(str, first['loc']))}: {first['msg']}", err=True)
         raise typer.Exit(2) from None
-    uvicorn.run(
+    listener = _listener(settings.host, settings.port)
+    config = uvicorn.Config(
         create_app(settings),
-        host=settings.host,
-        port=settings.port,
         log_level="info",
         access_log=False,  # heart beats would drown what happens
         timeout_graceful_shutdown=_GRACE_S,
     )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        typer.echo(
+            f"error: cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}", err=True
+        )
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -63,9 +63,6 @@ def hybrid(folder: Path) -> None:
     config = tf.Lfm2Config(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, **heads)
     torch.manual_seed(0)
     model = tf.Lfm2ForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
