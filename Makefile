@@ -15,8 +15,8 @@ help: ## this list
 
 install: $(VENV)/installed ## create .venv with everything that the project and its tests need
 
-# Where there is no GPU, PyPI's torch would bring gigabytes of CUDA: take the CPU build, which pip finds where it is
-# offered locally and uv knows where to find otherwise. Everything after it is content with the torch that is there.
+# Where there is no GPU, torch's default build would bring gigabytes of CUDA: take the CPU build, which pip finds where it
+# is offered and uv knows where to find otherwise. Everything after it is content with the torch that is there.
 $(VENV)/installed: setup.cfg pyproject.toml scripts/install-torch.sh
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel

@@ -27,6 +27,7 @@ from workers.request import Event
 TIE = 5e-4  # logits this close may swap when the batch's shape changes
 MOST_TIES = 0.02  # share of answers that may differ by one
 TOGETHER = 8
+PATIENCE_S = 600  # for one step
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def tokens_of(queue: "SimpleQueue[Event]") -> list[int]:
     """Collect one answer; raises the request's error."""
     tokens: list[int] = []
     while True:
-        event = queue.get()
+        event = queue.get(timeout=PATIENCE_S)
         if event.error:
             raise event.error
         tokens += [token for thread in (event.step.threads if event.step else []) for token in thread.token_ids]

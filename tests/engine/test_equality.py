@@ -6,6 +6,7 @@ from queue import SimpleQueue
 
 import pytest
 
+from benchmarks.verify import tokens_of
 from protocol.generation import GenerateParams
 from tests.support.oracle import assert_same_answer, greedy
 from tests.support.tiny import tiny_checkpoint, tiny_engine
@@ -27,17 +28,6 @@ def answers(engine: Engine, requests: Sequence[dict]) -> list[list[int]]:
     for request, queue in zip(requests, queues, strict=True):
         engine.submit(GenerateParams(echo=False, **request), queue.put)
     return [tokens_of(queue) for queue in queues]
-
-
-def tokens_of(queue: "SimpleQueue[Event]") -> list[int]:
-    tokens: list[int] = []
-    while True:
-        event = queue.get(timeout=120)
-        if event.error:
-            raise event.error
-        tokens += [token for thread in (event.step.threads if event.step else []) for token in thread.token_ids]
-        if event.last:
-            return tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)

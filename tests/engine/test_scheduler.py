@@ -63,13 +63,21 @@ def make_core(kv_tokens: int = 2048, max_requests: int = 16, methods: dict[str, 
     )
 
 
+GREEDY = Sampling(0.0)
+
+
 def spec(
-    prompt: list[int], new_tokens: int = 12, *, method: str = "vanilla", max_threads: int = 32
+    prompt: list[int],
+    new_tokens: int = 12,
+    *,
+    method: str = "vanilla",
+    max_threads: int = 32,
+    sampling: Sampling = GREEDY,
 ) -> GenerationRequest:
     return GenerationRequest(
         request_id="r",
         prompt=prompt,
-        sampling=Sampling(0.0),
+        sampling=sampling,
         max_new_tokens=new_tokens,
         method=method,
         stop_token_ids=frozenset([EOS]),
@@ -186,6 +194,22 @@ def test_any_drafts_leave_the_answer_unchanged(kv_tokens: int) -> None:
     check(requests)
     assert guesser.accepted > 50
     assert core.scheduler.preemptions > 0 or kv_tokens == 2048
+
+
+def test_any_drafts_leave_sampled_text_unchanged() -> None:
+    """Draws are keyed by position, so drafted and undrafted decoding with a seed give the same tokens."""
+    guesser = Guesser()
+    core = make_core(methods={"guess": guesser, "vanilla": Vanilla()})
+    warps = [Sampling(0.9, seed=1), Sampling(1.2, top_p=0.8, seed=2), Sampling(0.8, frequency_penalty=0.5, seed=3)]
+    prompts = [prompt_of(25 + index, index) for index in range(len(warps))]
+    vanilla = [add(core, spec(p, 60, sampling=warp)) for p, warp in zip(prompts, warps, strict=True)]
+    run(core)
+    guesser.known = {tuple(request.spec.prompt): answer_of(request) for request in vanilla}
+    pairs = zip(prompts, warps, strict=True)
+    drafted = [add(core, spec(p, 60, method="guess", sampling=warp)) for p, warp in pairs]
+    run(core)
+    assert [answer_of(request) for request in drafted] == [answer_of(request) for request in vanilla]
+    assert guesser.accepted > 20
 
 
 def test_figures_of_drafts_follow_their_definitions() -> None:

@@ -117,7 +117,7 @@ def _attend_step(
     context = _current.context
     if isinstance(context, ShapeProbe):
         context.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
-        return torch.zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3], dtype=query.dtype), None
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     assert context is not None
     context.store.write(layer, context.slots, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
