@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
+import httpx
 import typer
 import uvicorn
 from pydantic import ValidationError
@@ -48,6 +49,10 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = _settings()
+    try:
+        httpx.URL(controller_address)
+    except httpx.InvalidURL as error:
+        _fail(f"--controller-address {controller_address}: {error}")
     listener = _bound_socket(host, port)
     port = listener.getsockname()[1]
     # Only now the slow imports: a port in use is reported at once.

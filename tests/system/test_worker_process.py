@@ -80,6 +80,7 @@ MODELS = {
 OPTIONS = {
     "--model-path smollm9": "smollm2-135m",
     "--method telepathy": "unknown method 'telepathy'",
+    "--controller-address http://here:abc": "Invalid port",
     "--device abacus": "abacus",
     "--dtype float7": "float7",
     "--conv-template nonesuch": "nonesuch",
