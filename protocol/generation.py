@@ -5,7 +5,6 @@ with more keys. FastChat's own clients and workers ignore what they do not know.
 """
 
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -153,20 +152,6 @@ class StreamFrame(Wire):
 def error_frame(error: RequestError) -> StreamFrame:
     """The in-band error of a FastChat stream (the HTTP status stays 200)."""
     return StreamFrame(text=error.message, error_code=int(error.code))
-
-
-class FrameDecoder:
-    """Reassembles NUL-terminated frames from chunks with arbitrary borders."""
-
-    def __init__(self) -> None:
-        self._pending = b""
-
-    def feed(self, chunk: bytes) -> Iterator[StreamFrame]:
-        """Yield the frames that ``chunk`` completes; RequestError for one that is no frame."""
-        *complete, self._pending = (self._pending + chunk).split(b"\0")
-        for frame in complete:
-            if frame:
-                yield parse_frame(frame)
 
 
 def parse_frame(frame: bytes) -> StreamFrame:

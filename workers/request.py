@@ -174,7 +174,6 @@ class Request:
     steps: list[StepTrace] = field(default_factory=list)
     prompt_reports: list[TokenReport] = field(default_factory=list)
     completion_tokens: int = 0
-    echoed: bool = False
 
     def elapsed_ms(self) -> float:
         return 1000 * (perf_counter() - self.accepted_at)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from protocol.generation import FrameDecoder, StreamFrame
+from protocol.generation import StreamFrame, parse_frame
 from protocol.trace import RequestTrace
 from tests.service.conftest import LiveWorker
 from tests.support.serving import wait_until
@@ -48,8 +48,7 @@ def test_frames_parse_as_fastchat_reads_them(live: LiveWorker) -> None:
     """Whatever the chunks, splitting at NUL gives JSON objects, as FastChat's clients do it."""
     with live.client.stream("POST", "/worker_generate_stream", json={**BASE, "logprobs": 1}) as response:
         chunks = list(response.iter_raw(7))
-    decoder = FrameDecoder()
-    frames = [frame for chunk in chunks for frame in decoder.feed(chunk)]
+    frames = [parse_frame(frame) for frame in b"".join(chunks).split(b"\0") if frame]
     assert frames[-1].finish_reason == "length"
     assert len(frames[-1].logprobs.tokens) == 12
 
