@@ -41,7 +41,8 @@ class Answer:
         """
         while True:
             try:
-                batch = [await asyncio.wait_for(self._events.get(), KEEP_ALIVE_S)]
+                async with asyncio.timeout(KEEP_ALIVE_S):  # wait_for may swallow a cancellation on Python 3.11
+                    batch = [await self._events.get()]
             except TimeoutError:
                 yield []
                 continue

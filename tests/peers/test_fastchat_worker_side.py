@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from protocol.generation import FrameDecoder
+from protocol.generation import parse_frame
 from tests.support import processes
 from tests.support.processes import Program, free_port, idle, program
 from tests.support.serving import wait_until
@@ -57,7 +57,7 @@ def test_fastchats_controller_accepts_keeps_and_uses_our_worker(checkpoint: Path
         assert controller.output().count("Register a new worker") == 1
         assert post(f"{url}/get_worker_address", {"model": MODEL}).json() == {"address": worker.url}
         proxied = post(f"{url}/worker_generate_stream", GREEDY).content
-        frames = list(FrameDecoder().feed(proxied))
+        frames = [parse_frame(frame) for frame in proxied.split(b"\0") if frame]
         assert proxied.endswith(b"\0")
         assert (frames[-2].finish_reason, frames[-1].finish_reason) == (None, "length")
         assert frames[-2].text == frames[-1].text == own_text(worker) != ""

@@ -6,9 +6,14 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.support.families import tiny_model
 from tests.support.serving import served
-from tests.support.tiny import tiny_engine
+from tests.support.tokenizers import byte_tokenizer
+from workers.engine import Engine
+from workers.model.checkpoint import Checkpoint
 from workers.service import Worker, create_app
+
+CONTEXT = 4096  # long enough that no answer ends before its client has left
 
 
 class LiveWorker:
@@ -34,7 +39,9 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[LiveWorker]:
-    with tiny_engine() as engine:
+    checkpoint = Checkpoint("tiny-llama", tiny_model("llama"), byte_tokenizer())
+    checkpoint.model.config.max_position_embeddings = CONTEXT
+    with Engine(lambda: checkpoint, kv_tokens=4 * CONTEXT) as engine:
         worker = Worker(engine, {"tiny": "vanilla"})
         with served(create_app(worker)) as url:
             yield LiveWorker(worker, url)

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from protocol.generation import StreamFrame, parse_frame
+from protocol.generation import GenerateParams, StreamFrame, parse_frame
 from protocol.trace import RequestTrace
-from tests.service.conftest import LiveWorker
+from tests.service.conftest import CONTEXT, LiveWorker
 from tests.support.serving import wait_until
 from tests.support.tiny import tiny_checkpoint
+from workers.request import Event
 
+LONG = 3500
 BASE = {"prompt": "hello", "temperature": 0, "max_new_tokens": 12, "echo": False}
 
 
@@ -112,7 +115,7 @@ def test_other_endpoints(live: LiveWorker) -> None:
     assert live.client.post("/count_token", json={"prompt": "hello"}).json() == {"count": 5, "error_code": 0}
     assert live.client.post("/count_token").json()["count"] == 0
     details = live.client.post("/model_details").json()
-    assert (details["context_length"], details["methods"]) == (512, ["vanilla"])
+    assert (details["context_length"], details["methods"]) == (CONTEXT, ["vanilla"])
     assert details["memory"] == live.worker.engine.memory()
     status = live.client.post("/worker_get_status").json()
     assert (status["model_names"], status["speed"], status["queue_length"]) == (["tiny"], 1, 0)
@@ -156,7 +159,7 @@ def test_embeddings_are_unit_means_of_the_last_hidden_states(live: LiveWorker) -
     packed = live.client.post("/worker_get_embeddings", json={"input": "hello", "encoding_format": "base64"}).json()
     decoded = np.frombuffer(base64.b64decode(packed["embedding"][0]), dtype=np.float32)
     assert np.allclose(decoded, answer["embedding"][0], atol=1e-6)
-    for bad in ({}, {"input": []}, {"input": ["x" * 600]}):
+    for bad in ({}, {"input": []}, {"input": ["x" * (CONTEXT + 1)]}):
         assert live.client.post("/worker_get_embeddings", json=bad).json()["error_code"] >= 40000
 
 
@@ -179,7 +182,7 @@ def test_worker_trace_has_apars_six_arrays(live: LiveWorker) -> None:
 
 def open_stream(live: LiveWorker, **params: object) -> tuple[httpx.Client, httpx.Response]:
     client = httpx.Client(base_url=live.url, timeout=60, trust_env=False)
-    request = client.build_request("POST", "/worker_generate_stream", json={**BASE, "max_new_tokens": 450, **params})
+    request = client.build_request("POST", "/worker_generate_stream", json={**BASE, "max_new_tokens": LONG, **params})
     return client, client.send(request, stream=True)
 
 
@@ -193,25 +196,29 @@ def test_a_client_that_leaves_stops_its_generation(live: LiveWorker) -> None:
         lambda: live.metrics()["polydecode_requests_cancelled_total"] > before["polydecode_requests_cancelled_total"]
     )
     wait_until(lambda: idle(live))
-    assert live.metrics()["polydecode_generated_tokens_total"] - before["polydecode_generated_tokens_total"] < 450
+    assert live.metrics()["polydecode_generated_tokens_total"] - before["polydecode_generated_tokens_total"] < LONG
 
 
 def test_cancelling_takes_effect_before_the_next_step(live: LiveWorker) -> None:
-    """Once a request is marked, the engine makes at most the step that is already running."""
-    client, response = open_stream(live)
-    next(response.iter_raw())
-    request = live.worker.engine._core.scheduler.requests[0]
-    request.cancelled = True
-    done = len(request.steps)
+    """A request that is cancelled while its third step is reported makes no fourth one."""
+    engine, events, submitted = live.worker.engine, [], threading.Event()
+
+    def sink(event: Event) -> None:
+        submitted.wait()
+        events.append(event)
+        if len(events) == 3:
+            engine.cancel(request)
+
+    request = engine.submit(GenerateParams.model_validate({**BASE, "max_new_tokens": LONG}), sink)
+    submitted.set()
     wait_until(lambda: idle(live))
-    assert len(request.steps) <= done + 1
-    client.close()
+    assert len(request.steps) == len(events) == 3
 
 
 def test_a_client_of_the_whole_answer_may_leave_too(live: LiveWorker) -> None:
     before = live.metrics()["polydecode_requests_cancelled_total"]
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{live.url}/worker_generate", json={**BASE, "max_new_tokens": 500}, timeout=0.2, trust_env=False)
+        httpx.post(f"{live.url}/worker_generate", json={**BASE, "max_new_tokens": LONG}, timeout=0.2, trust_env=False)
     wait_until(lambda: live.metrics()["polydecode_requests_cancelled_total"] == before + 1)
 
 
@@ -228,11 +235,11 @@ def test_after_200_random_departures_everything_is_free(live: LiveWorker) -> Non
         elif kind == "whole":
             try:
                 timeout = chooser.choice([0.05, 0.2, 0.5])
-                httpx.post(f"{live.url}/worker_generate", json={**BASE, "max_new_tokens": 300}, timeout=timeout)
+                httpx.post(f"{live.url}/worker_generate", json={**BASE, "max_new_tokens": LONG}, timeout=timeout)
             except httpx.TimeoutException:
                 pass
         else:
-            client, response = open_stream(live, max_new_tokens=chooser.randint(50, 400))
+            client, response = open_stream(live, max_new_tokens=LONG)
             chunks = response.iter_raw()
             for _ in range(chooser.randint(0, 5)):
                 next(chunks)
