@@ -217,10 +217,8 @@ class EngineCore:
             self._score_prompt(request, step, index)
             if taken is None:
                 continue
-            reports += self._token_reports(request, step, index)
             tokens, text = turn.thread.accept(taken.token_ids)
-            if reports:
-                del reports[len(reports) - (len(taken.token_ids) - len(tokens)) :]
+            reports += self._token_reports(request, step, index)[: len(tokens)]
             accepted = taken.rows[: len(tokens)]
             thread_steps.append(_thread_step(turn.thread, step.trees[index], accepted, tokens, text))
             outcomes.append((turn.thread, self._outcome(step, index, accepted, tokens)))

@@ -15,7 +15,7 @@ from protocol.fleet import ConvTemplate
 from protocol.generation import ChatMessage
 
 _SYSTEM, _USER, _ASSISTANT = "\x02system\x02", "\x02user\x02", "\x02assistant\x02"
-Render = Callable[[list[dict[str, str]], bool], str]
+Render = Callable[[Sequence[ChatMessage]], str]
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +54,12 @@ class PromptRenderer:
         Raises:
             RequestError: the template refuses the conversation.
         """
-        if self._fastchat is not None:
-            return self.encode(_render_fastchat(self._fastchat, messages))
-        if self._plain:
-            return self.encode(_plain_text(messages))
         try:
-            text = self._tokenizer.apply_chat_template(
-                [message.model_dump() for message in messages], tokenize=False, add_generation_prompt=True
-            )
+            text = self._text(messages)
         except Exception as error:  # templates raise whatever they like
             message = f"messages: the model's chat template refuses them: {error}"
             raise RequestError(ErrorCode.VALIDATION_TYPE_ERROR, message) from None
-        return self.encode(str(text))
+        return self.encode(text)
 
     def encode(self, text: str) -> Prompt:
         """Tokens of text that may carry its own BOS."""
@@ -77,12 +71,15 @@ class PromptRenderer:
         """This model's template in FastChat's form, for clients that build prompts themselves."""
         if self._fastchat is not None and int(self._fastchat.sep_style) <= 7:
             return ConvTemplate.model_validate(_fastchat_fields(self._fastchat))
-        return _probed_conversation(self._chat_text, name, self._end_of_turn())
+        return _probed_conversation(self._text, name, self._end_of_turn())
 
-    def _chat_text(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-        )
+    def _text(self, messages: Sequence[ChatMessage]) -> str:
+        if self._fastchat is not None:
+            return _render_fastchat(self._fastchat, messages)
+        if self._plain:
+            return _plain_text(messages)
+        turns = [message.model_dump() for message in messages]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _end_of_turn(self) -> list[int]:
         eos = self._tokenizer.eos_token_id
@@ -94,13 +91,13 @@ def _probed_conversation(render: Render, name: str, stop_token_ids: list[int]) -
 
     Templates that are not of that shape (no system role, other text between turns) get the plain one.
     """
-    user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}
+    user, assistant = ChatMessage(role="user", content=_USER), ChatMessage(role="assistant", content=_ASSISTANT)
     try:
-        marked = render([{"role": "system", "content": _SYSTEM}, user, assistant, user], True)
+        marked = render([ChatMessage(role="system", content=_SYSTEM), user, assistant, user])
         system_prefix, rest = marked.split(_SYSTEM)
         before_user, rest = rest.split(_USER, 1)
         before_assistant, rest = rest.split(_ASSISTANT)
-        default = render([user], True).split(_USER)[0]
+        default = render([user]).split(_USER)[0]
     except Exception:  # templates raise whatever they like; unpacking fails where marks are missing or repeated
         return PLAIN.model_copy(update={"name": name})
     if rest != before_user + _USER + before_assistant:

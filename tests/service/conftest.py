@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from tests.support.families import tiny_model
+from tests.support.processes import metrics
 from tests.support.serving import served
 from tests.support.tokenizers import byte_tokenizer
 from workers.engine import Engine
@@ -25,16 +26,11 @@ class LiveWorker:
         self.client = httpx.Client(base_url=url, timeout=60, trust_env=False)
 
     def metrics(self) -> dict[str, float]:
-        return parse_metrics(self.client.get("/metrics").text)
+        return metrics(self.url)
 
     def frames(self, **params: object) -> list[dict]:
         body = self.client.post("/worker_generate_stream", json=params).content
         return [json.loads(frame) for frame in body.split(b"\0") if frame]
-
-
-def parse_metrics(text: str) -> dict[str, float]:
-    lines = text.splitlines()
-    return {name: float(value) for name, value in (line.split() for line in lines if not line.startswith("#"))}
 
 
 @pytest.fixture(scope="session")

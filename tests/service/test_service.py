@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from protocol.generation import GenerateParams, StreamFrame, parse_frame
+from protocol.generation import ChatMessage, GenerateParams, StreamFrame, parse_frame
 from protocol.trace import RequestTrace
 from tests.service.conftest import CONTEXT, LiveWorker
+from tests.support.processes import idle
 from tests.support.serving import wait_until
 from tests.support.tiny import tiny_checkpoint
+from workers.prompts import PromptRenderer
 from workers.request import Event
 
 LONG = 3500
@@ -26,13 +28,7 @@ BASE = {"prompt": "hello", "temperature": 0, "max_new_tokens": 12, "echo": False
 @pytest.fixture(autouse=True)
 def nothing_leaks(live: LiveWorker):
     yield
-    wait_until(lambda: idle(live))
-
-
-def idle(live: LiveWorker) -> bool:
-    metrics = live.metrics()
-    busy = metrics["polydecode_running_requests"] + metrics["polydecode_queued_requests"]
-    return not busy and metrics["polydecode_kv_pages_free"] == metrics["polydecode_kv_pages"]
+    wait_until(lambda: idle(live.url))
 
 
 def test_frames_grow_and_the_last_text_comes_twice(live: LiveWorker) -> None:
@@ -122,19 +118,20 @@ def test_other_endpoints(live: LiveWorker) -> None:
     assert live.client.get("/health").json() == {"status": "ok"}
 
 
-def test_conv_template_renders_what_the_chat_template_renders(live: LiveWorker) -> None:
+@pytest.mark.parametrize("template", [None, "vicuna_v1.1", "mpt-7b-chat"])
+def test_conv_template_renders_what_the_worker_renders(live: LiveWorker, template: str | None) -> None:
+    """The model's own template, one of FastChat's that goes out as it is, and one whose style has no stable number."""
     fastchat = pytest.importorskip("fastchat.conversation")
+    renderer = live.worker.engine.renderer
     conv = live.client.post("/worker_get_conv_template").json()["conv"]
+    if template:
+        renderer = PromptRenderer(live.worker.engine.tokenizer, "tiny", template)
+        conv = renderer.conversation("tiny").model_dump()
     assert len(conv) == 11 and 1 <= conv["sep_style"] <= 7
-    assert rendered(fastchat, conv, None) == live.worker.engine.renderer._chat_text(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
-        True,
-    )
-    with_system = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
-    ours = live.worker.engine.renderer._chat_text(
-        [*with_system, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}], True
-    )
-    assert rendered(fastchat, conv, "s") == ours
+    turns = [ChatMessage(role=role, content=text) for role, text in [("user", "a"), ("assistant", "b"), ("user", "c")]]
+    assert rendered(fastchat, conv, None) == renderer.render(turns).text
+    system = ChatMessage(role="system", content="s")
+    assert rendered(fastchat, conv, "s") == renderer.render([system, *turns]).text
 
 
 def rendered(fastchat, conv: dict, system: str | None) -> str:
@@ -195,7 +192,7 @@ def test_a_client_that_leaves_stops_its_generation(live: LiveWorker) -> None:
     wait_until(
         lambda: live.metrics()["polydecode_requests_cancelled_total"] > before["polydecode_requests_cancelled_total"]
     )
-    wait_until(lambda: idle(live))
+    wait_until(lambda: idle(live.url))
     assert live.metrics()["polydecode_generated_tokens_total"] - before["polydecode_generated_tokens_total"] < LONG
 
 
@@ -211,7 +208,7 @@ def test_cancelling_takes_effect_before_the_next_step(live: LiveWorker) -> None:
 
     request = engine.submit(GenerateParams.model_validate({**BASE, "max_new_tokens": LONG}), sink)
     submitted.set()
-    wait_until(lambda: idle(live))
+    wait_until(lambda: idle(live.url))
     assert len(request.steps) == len(events) == 3
 
 
@@ -248,4 +245,4 @@ def test_after_200_random_departures_everything_is_free(live: LiveWorker) -> Non
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(one, range(200)))
-    wait_until(lambda: idle(live))
+    wait_until(lambda: idle(live.url))

@@ -30,10 +30,6 @@ class Run:
     last_needs: Needs = Needs.LOGITS
     needs: Needs = Needs.NOTHING
 
-    @property
-    def rows(self) -> int:
-        return len(self.token_ids) + len(self.tree)
-
 
 @dataclass
 class Segment:
