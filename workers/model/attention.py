@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from workers.model.batch import KeyPlan, Segment
 from workers.model.kv import KVStore, LayerShape
 from workers.model.pages import Slots
+from workers.model.plan import AttentionPlan
 
 OVER_SDPA = "polydecode"
 OVER_EAGER = "polydecode_eager"  # for models whose stock attention sdpa cannot compute (softcap, sinks)
@@ -36,11 +37,12 @@ class UnsupportedAttention(Exception):
 
 @dataclass
 class StepContext:
-    """What attention needs in one step."""
+    """What attention needs in one step; a narrow step has a plan for the CPU kernels."""
 
     store: KVStore
     slots: Slots
     segments: list[Segment]
+    plan: AttentionPlan | None
 
 
 @dataclass
@@ -62,9 +64,19 @@ def step_attention(context: StepContext | ShapeProbe) -> Iterator[None]:
     """Forward passes of this OS thread inside the block are engine steps."""
     _current.context = context
     try:
+        if isinstance(context, StepContext) and context.plan is not None:
+            store = context.store
+            torch.ops.polydecode.begin_step(store.addresses, store.step_base, *context.plan.tensors)
         yield
     finally:
+        if in_narrow_step():
+            torch.ops.polydecode.end_step(store.addresses)
         _current.context = None
+
+
+def in_narrow_step() -> bool:
+    """Whether this OS thread runs a step on the CPU kernels."""
+    return isinstance(_current.context, StepContext) and _current.context.plan is not None
 
 
 def install(model: PreTrainedModel) -> None:
@@ -119,8 +131,11 @@ def _attend_step(
         context.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     assert context is not None
-    context.store.write(layer, context.slots, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if context.plan is not None:
+        window, cap = sliding_window or 0, softcap or 0.0
+        return torch.ops.polydecode.attend(query, key, value, layer, scale, window, cap, s_aux), None
+    context.store.write(layer, context.slots, key[0], value[0])
     outputs = []
     for segment in context.segments:
         plan = segment.key_plan(sliding_window, context.store.step_base, query.device)

@@ -102,6 +102,7 @@ class StepBatch:
     """All rows of a step, thread after thread, each thread's run before its tree.
 
     Attributes:
+        runs: what the step consists of.
         token_ids, positions: int64[T].
         slots: T slots, where each row's keys and values go: a page for a run's, the step buffers for a tree's.
         embedded_rows, embeddings: rows whose input is not their token's embedding, and float[E, hidden] for them.
@@ -109,6 +110,7 @@ class StepBatch:
         logit_rows, hidden_rows: rows that want logits, or their last hidden state, back; ascending.
     """
 
+    runs: Sequence[Run]
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: Slots
@@ -163,6 +165,7 @@ def build_batch(runs: Sequence[Run], step_base: int, device: torch.device) -> St
             embeddings.append(run.tree.embeddings)
     ids = torch.tensor(token_ids)
     return StepBatch(
+        runs=runs,
         token_ids=ids.clamp(min=0).to(device),
         positions=torch.tensor(positions, device=device),
         slots=slice(span.stop - len(ids), span.stop) if span and len(slots) == 1 else torch.cat(slots).to(device),

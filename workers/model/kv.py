@@ -29,6 +29,9 @@ class LayerShape:
 class KVStore:
     """Storage for ``pages`` pages and ``step_rows`` step rows of every layer in ``shapes``."""
 
+    # ``addresses``: int64[layers, 6], where each layer's keys and values lie, their strides between heads and their
+    # widths: LayerCache of kernels/attention.h.
+
     def __init__(
         self, shapes: dict[int, LayerShape], pages: int, step_rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -37,6 +40,7 @@ class KVStore:
         self._groups: list[torch.Tensor] = []
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         slots = self.step_base + step_rows
+        addresses = torch.zeros(1 + max(shapes), 6, dtype=torch.int64)
         for shape in dict.fromkeys(shapes.values()):
             members = [layer for layer, own in shapes.items() if own == shape]
             keys = torch.empty(len(members), shape.heads, slots, shape.key_width, dtype=dtype, device=device)
@@ -44,6 +48,10 @@ class KVStore:
             self._groups += [keys, values]
             for index, layer in enumerate(members):
                 self._layers[layer] = (keys[index], values[index])
+                own = self._layers[layer]
+                places = [*(cache.data_ptr() for cache in own), *(cache.stride(0) for cache in own)]
+                addresses[layer] = torch.tensor([*places, shape.key_width, shape.value_width])
+        self.addresses = addresses
 
     def write(self, layer: int, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the step's keys and values, float[heads, T, width] each, into T slots."""

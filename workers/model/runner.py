@@ -10,11 +10,14 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from workers.model import attention
+from workers.model import attention, linear
 from workers.model.batch import Run, StepBatch, build_batch
 from workers.model.checkpoint import ModelLoadError
+from workers.model.kernels import NARROW_ROWS
+from workers.model.kernels.build import load_kernels
 from workers.model.kv import KVStore, LayerShape
 from workers.model.pages import PAGE_ROWS, PagePool, PageTable, pages_for
+from workers.model.plan import plan_attention
 from workers.model.tree import Needs, TokenTree
 
 SELF_CHECK_TOKENS = 16
@@ -38,7 +41,14 @@ class StepOutput:
 
 
 class ModelRunner:
-    """A model, its pages and its storage. Not thread-safe: one thread runs it."""
+    """A model, its pages and its storage. Not thread-safe: one thread runs it.
+
+    Attributes:
+        kernels: the build of the CPU kernels that narrow steps run on; None on a GPU, in other types than float32 and
+            where there is no compiler.
+        narrow_rows: the most rows of a step that runs on them; 0 turns them off.
+        compiled: whether narrow steps run through a compiled decoder (see compiled.py).
+    """
 
     def __init__(self, model: PreTrainedModel, *, kv_tokens: int | None = None, step_rows: int = 512) -> None:
         """Install tree attention, allocate ``kv_tokens`` rows of KV (None: from free memory) and check the model.
@@ -54,8 +64,12 @@ class ModelRunner:
         # Masks of four dimensions are taken as they are: none is built, and ours is not looked at.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.kernels = load_kernels() if (self.device.type, model.dtype) == ("cpu", torch.float32) else None
+        self.narrow_rows = NARROW_ROWS if self.kernels else 0
+        self.compiled = False
         try:
             attention.install(model)
+            linear.install(model)
             shapes = self._probe_shapes()
         except attention.UnsupportedAttention as error:
             raise ModelLoadError(str(error)) from error
@@ -93,17 +107,38 @@ class ModelRunner:
         """
         hidden: list[torch.Tensor] = []
         with (
-            attention.step_attention(attention.StepContext(self._store, batch.slots, batch.segments)),
+            attention.step_attention(self._context(batch)),
             self._hidden_rows(batch, hidden),
         ):
             logits = self._logits(batch)
         return StepOutput(logits, hidden[0] if hidden else None)
+
+    def _context(self, batch: StepBatch) -> attention.StepContext:
+        plan = plan_attention(batch) if len(batch) <= self.narrow_rows else None
+        return attention.StepContext(self._store, batch.slots, batch.segments, plan)
 
     @torch.inference_mode()
     def commit(self, step_rows: Sequence[int], slots: torch.Tensor) -> None:
         """Copy accepted tree rows of the last step into page slots int64[n] (see ``PageTable.slots``)."""
         rows = torch.tensor(step_rows, dtype=torch.int64, device=self.device)
         self._store.commit(rows, slots.to(self.device))
+
+    @contextmanager
+    def trial_step(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Inside the block, the decoder may be called as in a narrow step of ``rows`` rows that leaves nothing behind.
+
+        Yields its embeddings float[1, rows, hidden], positions int64[1, rows] and mask.
+        """
+        table = self.new_table()
+        table.reserve(rows)
+        try:
+            batch = self.prepare([Run([row % self.vocabulary for row in range(rows)], table)])
+            with torch.no_grad():
+                embeddings = self.model.get_input_embeddings()(batch.token_ids)[None]
+            with attention.step_attention(self._context(batch)):
+                yield embeddings, batch.positions[None], self._no_mask
+        finally:
+            table.release()
 
     @torch.inference_mode()
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
