@@ -43,6 +43,9 @@ def serve(
     limit_worker_concurrency: Annotated[int, typer.Option(min=1, help="requests that run at a time")] = 16,
     max_queue: Annotated[int, typer.Option(min=0, help="requests that may wait; more are refused")] = 256,
     stream_interval: Annotated[int, typer.Option(min=1, help="steps between two frames")] = 1,
+    compile_decoder: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="compile the decoder in the background (CPU)")
+    ] = True,
     register: Annotated[bool, typer.Option("--register/--no-register")] = True,
 ) -> None:
     """Serve one model on one device with one or several decoding methods."""
@@ -58,6 +61,7 @@ def serve(
     # Only now the slow imports: a port in use is reported at once.
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    from workers.compiling import Compilation
     from workers.engine import Engine
     from workers.model.checkpoint import ModelLoadError
     from workers.registration import Registration
@@ -96,6 +100,7 @@ def serve(
         )
     with _readable_socket_errors(host, port):
         listener.listen(2048)
+    compilation = Compilation(engine, model_path) if compile_decoder else None
     logger.info("serving at http://%s:%d", host, port)
     config = uvicorn.Config(
         create_app(worker, registration.run if registration else None),
@@ -105,6 +110,8 @@ def serve(
     try:
         asyncio.run(_DrainingServer(config, worker, registration).serve(sockets=[listener]))
     finally:
+        if compilation:
+            compilation.close()
         engine.close()
 
 

@@ -95,7 +95,17 @@ def worker(model: Path, controller_url: str | None, *options: str, port: int | N
     """A healthy worker, registered if there is a controller."""
     port = port or free_port()
     register = ["--controller-address", controller_url] if controller_url else ["--no-register"]
-    arguments = ["--model-path", str(model), "--port", str(port), "--kv-tokens", "8192", *register, *options]
+    arguments = [
+        "--model-path",
+        str(model),
+        "--port",
+        str(port),
+        "--kv-tokens",
+        "8192",
+        "--no-compile",
+        *register,
+        *options,
+    ]
     with program("workers", *arguments, port=port) as running:
         running.wait_healthy()
         if controller_url:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import transformers
+import typer
 from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from workers.model.attention import in_narrow_step
-from workers.model.checkpoint import cache_folder
+from workers.model.checkpoint import cache_folder, load_checkpoint
 from workers.model.kernels import NARROW_ROWS
 from workers.model.runner import ModelRunner
 
@@ -121,3 +122,16 @@ def _check(runner: ModelRunner, decoder: _Decoder, path: Path) -> None:
         difference, largest = (ours - stock).abs().max().item(), stock.abs().max().item()
         if not difference <= TOLERANCE * largest:
             raise RuntimeError(f"compiled hidden states differ by {difference:.2g} where the largest is {largest:.2g}")
+
+
+def main(model_path: str) -> None:
+    """Compile the decoder of a model that would be served on this CPU, politely, if that was not done before."""
+    os.nice(19)
+    logging.basicConfig(level=logging.ERROR)
+    checkpoint = load_checkpoint(model_path, dtype=torch.float32, device=torch.device("cpu"))
+    runner = ModelRunner(checkpoint.model, kv_tokens=NARROW_ROWS)
+    compile_decoder(runner, artifact(runner))
+
+
+if __name__ == "__main__":
+    typer.run(main)
