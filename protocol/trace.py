@@ -45,6 +45,7 @@ class TraceHeader(Wire):
     parameters: dict[str, Any]
     device: str
     dtype: str
+    quantization: dict[str, str | float] | None = None  # kind, perplexity, reference_perplexity, agreement, tokens
     versions: dict[str, str]
     prompt_tokens: int
     prefill_ms: float  # time in forward passes that only read the prompt

@@ -35,6 +35,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 21002,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: by device]")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8: weights of all products in 8 bits")] = None,
     kv_tokens: Annotated[int | None, typer.Option(min=16, help="rows of KV [default: from free memory]")] = None,
     model_names: Annotated[str, typer.Option(help="served names, separated by commas [default: the model's]")] = "",
     conv_template: Annotated[
@@ -76,6 +77,7 @@ def serve(
             method=methods,
             device=device,
             dtype=dtype,
+            quantization=quantization,
             kv_tokens=kv_tokens,
             max_requests=limit_worker_concurrency,
             max_queue=max_queue,
@@ -84,6 +86,8 @@ def serve(
     except ModelLoadError as error:
         _fail(str(error))
     logger.info("%s", engine.description())
+    if engine.quantization:
+        logger.info("%s", engine.quantization)
     worker = Worker(
         engine,
         served_names(engine.name, methods, _names(model_names)),
@@ -100,7 +104,7 @@ def serve(
         )
     with _readable_socket_errors(host, port):
         listener.listen(2048)
-    compilation = Compilation(engine, model_path) if compile_decoder else None
+    compilation = Compilation(engine, model_path, quantization) if compile_decoder else None
     logger.info("serving at http://%s:%d", host, port)
     config = uvicorn.Config(
         create_app(worker, registration.run if registration else None),

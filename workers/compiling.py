@@ -19,7 +19,7 @@ class Compilation:
     Models that torch cannot export go on as they are, with one line in the log.
     """
 
-    def __init__(self, engine: Engine, model_path: str) -> None:
+    def __init__(self, engine: Engine, model_path: str, quantization: str | None = None) -> None:
         self._engine = engine
         self._child: subprocess.Popen[str] | None = None
         self._closing = False
@@ -31,7 +31,7 @@ class Compilation:
             self._install(artifact)
             return
         logger.info("compiling the decoder in the background, once; until then steps run uncompiled")
-        command = [sys.executable, "-m", "workers.model.compiled", model_path]
+        command = [sys.executable, "-m", "workers.model.compiled", model_path, *filter(None, [quantization])]
         self._child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self._waiter = threading.Thread(target=self._wait, args=(self._child, artifact), name="compiling", daemon=True)
         self._waiter.start()

@@ -91,6 +91,7 @@ class Engine:
             raise ModelLoadError(str(error)) from error
         self.name = checkpoint.name
         self.tokenizer = checkpoint.tokenizer
+        self.quantization = checkpoint.quantization
         runner = _runner(checkpoint.model, kv_tokens)
         self.context_length = runner.context_length
         self.kv_tokens = runner.kv_tokens
@@ -112,6 +113,7 @@ class Engine:
         method: str | Sequence[str] = BASELINE,
         device: str | None = None,
         dtype: str | None = None,
+        quantization: str | None = None,
         **options: Any,
     ) -> "Engine":
         """Load an embedded model's name, a folder, a GGUF file or a hub id.
@@ -121,6 +123,7 @@ class Engine:
             method: the methods to serve; the first is the default of :meth:`generate`.
             device: torch's name; by default the first GPU, else the CPU.
             dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU and bfloat16 on a GPU.
+            quantization: None, or ``int8`` for the weights of all products.
             options: ``kv_tokens`` (rows of KV; by default from free memory), ``max_requests`` (running at a time),
                 ``max_queue`` (waiting), ``conv_template`` (one of FastChat's).
 
@@ -130,7 +133,11 @@ class Engine:
         place = _device(device)
         kind = _dtype(dtype, place)
         methods = [method] if isinstance(method, str) else method
-        return cls(lambda: load_checkpoint(model_path, dtype=kind, device=place), methods=methods, **options)
+
+        def load() -> Checkpoint:
+            return load_checkpoint(model_path, dtype=kind, device=place, quantization=quantization)
+
+        return cls(load, methods=methods, **options)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -320,6 +327,7 @@ class Engine:
             },
             device=_device_name(self.device),
             dtype=self.dtype,
+            quantization=self.quantization.as_dict() if self.quantization else None,
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.model.quantization import Quantization, quantize_int8
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,14 +46,21 @@ class Checkpoint:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    quantization: Quantization | None = None
 
 
-def load_checkpoint(path: str, *, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+def load_checkpoint(
+    path: str, *, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> Checkpoint:
     """Load an embedded model's name, a folder, a ``.gguf`` file or a hub id (``org/name`` or ``org/name:file.gguf``).
 
+    ``quantization`` is None or ``int8``.
+
     Raises:
-        ModelLoadError: nothing there, not readable, or weights missing from the file.
+        ModelLoadError: nothing there, not readable, weights missing from the file, or no such quantization.
     """
+    if quantization not in (None, "int8"):
+        raise ModelLoadError(f"unknown quantization {quantization!r}; known: int8")
     name, source = _resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -63,7 +72,8 @@ def load_checkpoint(path: str, *, dtype: torch.dtype, device: torch.device) -> C
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"{path!r} lacks {len(missing)} of the model's weights, for instance {missing[0]}")
-    return Checkpoint(name, model, tokenizer)
+    quantized = quantize_int8(model, tokenizer) if quantization else None
+    return Checkpoint(name, model, tokenizer, quantized)
 
 
 def stop_token_ids(checkpoint: Checkpoint) -> frozenset[int]:

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -124,11 +124,11 @@ def _check(runner: ModelRunner, decoder: _Decoder, path: Path) -> None:
             raise RuntimeError(f"compiled hidden states differ by {difference:.2g} where the largest is {largest:.2g}")
 
 
-def main(model_path: str) -> None:
+def main(model_path: str, quantization: Annotated[str | None, typer.Argument()] = None) -> None:
     """Compile the decoder of a model that would be served on this CPU, politely, if that was not done before."""
     os.nice(19)
     logging.basicConfig(level=logging.ERROR)
-    checkpoint = load_checkpoint(model_path, dtype=torch.float32, device=torch.device("cpu"))
+    checkpoint = load_checkpoint(model_path, dtype=torch.float32, device=torch.device("cpu"), quantization=quantization)
     runner = ModelRunner(checkpoint.model, kv_tokens=NARROW_ROWS)
     compile_decoder(runner, artifact(runner))
 

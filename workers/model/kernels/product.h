@@ -61,7 +61,6 @@ inline V totals(V* vectors) {
 struct Float32 {
   using Input = float;
   using Weight = float;
-  using Sum = float;
   using Lanes = Floats;
   static constexpr int STEP = LANES;
   static Floats weights(const float* from) { return load<Floats>(from); }
@@ -69,11 +68,10 @@ struct Float32 {
   static void add(Floats& sum, Floats input, Floats weight) { sum += input * weight; }
 };
 
-// Rows rounded to 14 bits (see rounded_rows) times int8 weights: exact sums of up to INT8_INPUTS products in int32.
+// Rows rounded to int16 (see round_row) times int8 weights: each lane's sum is exact, the lanes are added as floats.
 struct Int8 {
   using Input = int16_t;
   using Weight = int8_t;
-  using Sum = int32_t;
   using Lanes = Ints;
   static constexpr int STEP = 2 * LANES;
   static Shorts inputs(const int16_t* from) { return load<Shorts>(from); }
@@ -99,15 +97,18 @@ struct Int8 {
 #endif
   }
 };
-constexpr int ROUNDED_MAX = 8191;
-constexpr int64_t INT8_INPUTS = 32768;  // 8191 * 127 * 32768 spread over the lanes stays below 2^31
+// The largest rounded input with which no lane can overflow.
+inline float rounded_max(int64_t in) {
+  const int64_t products = in / LANES + 2;  // of one lane
+  return (float)std::min<int64_t>(32767, ((int64_t)1 << 31) / 128 / products);
+}
 
 // One product of rows[count, in] and weights[out, in], to out[count, out_stride]. in_stride is at least in.
 template <typename Kind>
 struct Product {
   const typename Kind::Input* rows;
   const typename Kind::Weight* weights;
-  typename Kind::Sum* out;
+  float* out;
   int64_t in, in_stride, out_stride;
 };
 
@@ -121,12 +122,13 @@ struct Ahead {
 // Write the totals of R * C vectors of lanes to a tile; inputs from `done` on are still missing in them.
 template <typename Kind, int R, int C>
 __attribute__((noinline)) void finish(typename Kind::Lanes* lanes, const Product<Kind>& p, int64_t done) {
-  typename Kind::Lanes sums[(R * C + LANES - 1) / LANES];
-  for (int first = 0; first < R * C; first += LANES) sums[first / LANES] = totals(lanes + first);
-  typename Kind::Sum* sum = (typename Kind::Sum*)sums;
+  Floats floats[(R * C + LANES - 1) / LANES * LANES] = {}, sums[(R * C + LANES - 1) / LANES];
+  for (int k = 0; k < R * C; k++) floats[k] = __builtin_convertvector(lanes[k], Floats);
+  for (int first = 0; first < R * C; first += LANES) sums[first / LANES] = totals(floats + first);
+  float* sum = (float*)sums;
   for (int k = 0; done < p.in && k < R * C; k++)
     for (int64_t i = done; i < p.in; i++)
-      sum[k] += p.rows[k / C * p.in_stride + i] * (typename Kind::Sum)p.weights[k % C * p.in + i];
+      sum[k] += (float)p.rows[k / C * p.in_stride + i] * (float)p.weights[k % C * p.in + i];
   for (int r = 0; r < R; r++) std::memcpy(p.out + r * p.out_stride, sum + r * C, C * sizeof *sum);
 }
 
