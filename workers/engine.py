@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, TypeVar
@@ -327,7 +328,7 @@ class Engine:
             },
             device=_device_name(self.device),
             dtype=self.dtype,
-            quantization=self.quantization.as_dict() if self.quantization else None,
+            quantization=asdict(self.quantization) if self.quantization else None,
             versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -36,20 +37,32 @@ class Segment:
     """The rows of one run and its tree inside the step: ``start`` to ``stop``, the tree from ``tree_start`` on.
 
     Attributes:
+        run: whose rows they are.
         path: int64[n], slots of the thread's rows up to the end of the run, on the model's device.
         span: the same slots as a slice, if they are consecutive.
         positions: int64[t] of the rows.
-        visible: bool[t, t] among the rows, or None for a single row.
     """
 
+    run: Run
     start: int
     tree_start: int
     stop: int
     path: torch.Tensor
     span: slice | None
     positions: np.ndarray
-    visible: np.ndarray | None
     plans: dict[int | None, "KeyPlan"] = field(default_factory=dict)
+
+    @cached_property
+    def visible(self) -> np.ndarray | None:
+        """bool[t, t] among the rows: the run is causal, a tree row sees the run and its tree's; None for one row."""
+        length, size = len(self.run.token_ids), len(self.run.tree)
+        if length + size == 1:
+            return None
+        visible = np.zeros((length + size, length + size), dtype=bool)
+        visible[:length, :length] = np.tri(length, dtype=bool)
+        visible[length:, :length] = True
+        visible[length:, length:] = self.run.tree.visibility()
+        return visible
 
     def key_plan(self, window: int | None, step_base: int, device: torch.device) -> "KeyPlan":
         """Which slots this segment's rows read under a sliding window; computed once a step for all layers."""
@@ -102,7 +115,6 @@ class StepBatch:
     """All rows of a step, thread after thread, each thread's run before its tree.
 
     Attributes:
-        runs: what the step consists of.
         token_ids, positions: int64[T].
         slots: T slots, where each row's keys and values go: a page for a run's, the step buffers for a tree's.
         embedded_rows, embeddings: rows whose input is not their token's embedding, and float[E, hidden] for them.
@@ -110,7 +122,6 @@ class StepBatch:
         logit_rows, hidden_rows: rows that want logits, or their last hidden state, back; ascending.
     """
 
-    runs: Sequence[Run]
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: Slots
@@ -152,20 +163,19 @@ def build_batch(runs: Sequence[Run], step_base: int, device: torch.device) -> St
             slots.append(torch.arange(step_base + tree_start, step_base + len(token_ids)))
         segments.append(
             Segment(
+                run=run,
                 start=start,
                 tree_start=tree_start,
                 stop=len(token_ids),
                 path=path.to(device, non_blocking=True),
                 span=span,
                 positions=np.asarray(own),
-                visible=_visible(run),
             )
         )
         if run.tree.embeddings is not None:
             embeddings.append(run.tree.embeddings)
     ids = torch.tensor(token_ids)
     return StepBatch(
-        runs=runs,
         token_ids=ids.clamp(min=0).to(device),
         positions=torch.tensor(positions, device=device),
         slots=slice(span.stop - len(ids), span.stop) if span and len(slots) == 1 else torch.cat(slots).to(device),
@@ -181,15 +191,3 @@ def _positions(run: Run) -> list[int]:
     first = run.table.length
     last = first + len(run.token_ids) - 1
     return [*range(first, last + 1), *(last + depth for depth in run.tree.depths)]
-
-
-def _visible(run: Run) -> np.ndarray | None:
-    """bool[t, t]: the run is causal, every tree row sees the whole run and what its tree says."""
-    length, size = len(run.token_ids), len(run.tree)
-    if length + size == 1:
-        return None
-    visible = np.zeros((length + size, length + size), dtype=bool)
-    visible[:length, :length] = np.tri(length, dtype=bool)
-    visible[length:, :length] = True
-    visible[length:, length:] = run.tree.visibility()
-    return visible

@@ -8,6 +8,8 @@ result lies in the cache, without weights. ``python -m workers.model.compiled`` 
 import hashlib
 import logging
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +19,7 @@ import transformers
 import typer
 from filelock import FileLock
 from torch import nn
+from torch._inductor.utils import fresh_cache
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -43,8 +46,9 @@ class _Decoder(nn.Module):
         super().__init__()
         self.decoder = model.get_decoder()
 
-    def forward(self, embeddings: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """float[1, T, hidden] and int64[1, T] → float[1, T, hidden]; the mask is a placeholder (see ModelRunner)."""
+    def forward(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """float[1, T, hidden] and int64[1, T] → float[1, T, hidden]."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # a placeholder, see ModelRunner
         out = self.decoder(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False)
         return out.last_hidden_state
 
@@ -73,10 +77,9 @@ def compile_decoder(runner: ModelRunner, target: Path) -> None:
         if target.is_file():
             return
         with runner.trial_step(7) as inputs:
-            exported = torch.export.export(decoder, inputs, dynamic_shapes=({1: rows}, {1: rows}, None))
+            exported = torch.export.export(decoder, inputs, dynamic_shapes=({1: rows}, {1: rows}))
         made = Path(scratch) / "made.pt2"
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
-        with torch._inductor.config.patch(_INDUCTOR):
+        with torch._inductor.config.patch(_INDUCTOR), fresh_cache(dir=scratch):
             torch._inductor.aoti_compile_and_package(exported, package_path=str(made))
         _check(runner, decoder, made)
         made.replace(target)
@@ -88,7 +91,6 @@ def install(runner: ModelRunner, path: Path) -> None:
     compiled = _load(_Decoder(runner.model), path)
     stock = decoder.forward
     embed = decoder.get_input_embeddings()
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
     def forward(
         input_ids: torch.Tensor | None = None,
@@ -99,7 +101,7 @@ def install(runner: ModelRunner, path: Path) -> None:
         if not in_narrow_step() or not runner.compiled:
             return stock(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **keywords)
         embeddings = embed(input_ids) if inputs_embeds is None else inputs_embeds
-        return BaseModelOutputWithPast(last_hidden_state=compiled(embeddings, position_ids, mask))
+        return BaseModelOutputWithPast(last_hidden_state=compiled(embeddings, position_ids))
 
     decoder.forward = forward
     runner.compiled = True
@@ -127,6 +129,7 @@ def _check(runner: ModelRunner, decoder: _Decoder, path: Path) -> None:
 def main(model_path: str, quantization: Annotated[str | None, typer.Argument()] = None) -> None:
     """Compile the decoder of a model that would be served on this CPU, politely, if that was not done before."""
     os.nice(19)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # take the scratch folders along
     logging.basicConfig(level=logging.ERROR)
     checkpoint = load_checkpoint(model_path, dtype=torch.float32, device=torch.device("cpu"), quantization=quantization)
     runner = ModelRunner(checkpoint.model, kv_tokens=NARROW_ROWS)

@@ -27,10 +27,11 @@ class LayerShape:
 
 
 class KVStore:
-    """Storage for ``pages`` pages and ``step_rows`` step rows of every layer in ``shapes``."""
+    """Storage for ``pages`` pages and ``step_rows`` step rows of every layer in ``shapes``.
 
-    # ``addresses``: int64[layers, 6], where each layer's keys and values lie, their strides between heads and their
-    # widths: LayerCache of kernels/attention.h.
+    ``addresses``: int64[layers, 6], where each layer's keys and values lie, their strides between heads and their
+    widths (LayerCache of kernels/attention.h).
+    """
 
     def __init__(
         self, shapes: dict[int, LayerShape], pages: int, step_rows: int, dtype: torch.dtype, device: torch.device

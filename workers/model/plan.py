@@ -50,7 +50,8 @@ def plan_attention(batch: StepBatch) -> AttentionPlan:
     chunks: list[int] = []
     tree_keys: list[int] = []
     items: dict[tuple[int, ...], list[int]] = {}
-    for run, segment in zip(batch.runs, batch.segments, strict=True):
+    for segment in batch.segments:
+        run = segment.run
         length = run.table.length + len(run.token_ids)
         own_stops = [*range(run.table.length + 1, length + 1), *[length] * len(run.tree)]
         own_seen = [0] * len(run.token_ids)

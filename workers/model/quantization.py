@@ -4,7 +4,7 @@ Only products are quantised, embeddings are not. On the CPU kernels an activatio
 far finer than the weights; everywhere else the weights are widened for each product.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,10 +40,6 @@ class Quantization:
             f"{self.kind} weights: perplexity {self.perplexity:.2f} (unquantised {self.reference_perplexity:.2f}), "
             f"same next token at {self.agreement:.1%} of {self.tokens} positions"
         )
-
-    def as_dict(self) -> dict[str, str | float]:
-        """For traces."""
-        return asdict(self)
 
 
 class Int8Linear(nn.Module):

@@ -125,10 +125,10 @@ class ModelRunner:
         self._store.commit(rows, slots.to(self.device))
 
     @contextmanager
-    def trial_step(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def trial_step(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inside the block, the decoder may be called as in a narrow step of ``rows`` rows that leaves nothing behind.
 
-        Yields its embeddings float[1, rows, hidden], positions int64[1, rows] and mask.
+        Yields its embeddings float[1, rows, hidden] and positions int64[1, rows].
         """
         table = self.new_table()
         table.reserve(rows)
@@ -137,7 +137,7 @@ class ModelRunner:
             with torch.no_grad():
                 embeddings = self.model.get_input_embeddings()(batch.token_ids)[None]
             with attention.step_attention(self._context(batch)):
-                yield embeddings, batch.positions[None], self._no_mask
+                yield embeddings, batch.positions[None]
         finally:
             table.release()
 

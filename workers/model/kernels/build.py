@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-import workers.model.kernels  # noqa: F401  defines the operations
 from workers.model.checkpoint import cache_folder
 
 logger = logging.getLogger(__name__)
