@@ -82,12 +82,23 @@ class ConvTemplate(Wire):
     stop_token_ids: list[int] | None = None
 
 
+class LatencyTable(Wire):
+    """What a forward pass costs: ``ms[i][j]`` with ``contexts[i]`` rows of KV and ``rows[j]`` rows in the pass."""
+
+    device: str
+    dtype: str
+    contexts: list[int]
+    rows: list[int]
+    ms: list[list[float]]
+
+
 class ModelDetails(Wire):
     """Answer of ``/model_details``."""
 
     context_length: int
     methods: list[str] = []
-    memory: dict[str, int] = {}  # bytes by use: weights, kv
+    memory: dict[str, int] = {}  # bytes by use: weights, packed copies, kv
+    curve: LatencyTable | None = None  # None until it is measured
 
 
 class EmbeddingsParams(Wire):

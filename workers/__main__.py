@@ -47,6 +47,7 @@ def serve(
     compile_decoder: Annotated[
         bool, typer.Option("--compile/--no-compile", help="compile the decoder in the background (CPU)")
     ] = True,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="measure the latency curve at start")] = True,
     register: Annotated[bool, typer.Option("--register/--no-register")] = True,
 ) -> None:
     """Serve one model on one device with one or several decoding methods."""
@@ -62,11 +63,11 @@ def serve(
     # Only now the slow imports: a port in use is reported at once.
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from workers.compiling import Compilation
     from workers.engine import Engine
     from workers.model.checkpoint import ModelLoadError
     from workers.registration import Registration
     from workers.service import Worker, create_app, served_names
+    from workers.warm_up import WarmUp
 
     disable_progress_bar()
     set_verbosity_error()  # what keeps a model from being served is told in one line of ours
@@ -104,7 +105,7 @@ def serve(
         )
     with _readable_socket_errors(host, port):
         listener.listen(2048)
-    compilation = Compilation(engine, model_path, quantization) if compile_decoder else None
+    warm_up = WarmUp(engine, model_path, quantization, compile_decoder=compile_decoder, measure=measure)
     logger.info("serving at http://%s:%d", host, port)
     config = uvicorn.Config(
         create_app(worker, registration.run if registration else None),
@@ -114,9 +115,9 @@ def serve(
     try:
         asyncio.run(_DrainingServer(config, worker, registration).serve(sockets=[listener]))
     finally:
-        if compilation:
-            compilation.close()
+        warm_up.close()
         engine.close()
+        warm_up.wait()
 
 
 class _DrainingServer(uvicorn.Server):

@@ -56,7 +56,7 @@ class Step:
     output: StepOutput
     logit_index: dict[int, int]
     walks: list[Walk | None]
-    forward_ms: float
+    forward_ms: float = 0.0
 
 
 class EngineCore:
@@ -87,6 +87,7 @@ class EngineCore:
 
     def step(self) -> bool:
         """Run one step; False if there was nothing to do."""
+        started = perf_counter()
         for request in [request for request in self.scheduler.requests if request.cancelled]:
             self.counters.cancelled += 1
             self._close(request)
@@ -94,6 +95,7 @@ class EngineCore:
         if not turns:
             return False
         self._run(turns)
+        self.counters.step_s += perf_counter() - started
         return True
 
     def _run(self, turns: list[Turn]) -> None:
@@ -120,14 +122,11 @@ class EngineCore:
             Place(turn.thread.table.length, segment.start, segment.start + turn.rows)
             for segment, turn in zip(batch.segments, turns, strict=True)
         ]
-        started = perf_counter()
         output = self.runner.forward(batch)
-        if self.runner.device.type == "cuda":
-            torch.cuda.synchronize(self.runner.device)
-        forward_ms = 1000 * (perf_counter() - started)
         index = {row: position for position, row in enumerate(batch.logit_rows)}
-        step = Step(turns, trees, places, batch, output, index, [], forward_ms)
+        step = Step(turns, trees, places, batch, output, index, [])
         step.walks = self._verify(step)
+        step.forward_ms = output.watch.ms()  # only now: on a GPU the tokens were waited for anyway
         return step
 
     def _drafts(self, turns: list[Turn]) -> list[TokenTree]:
@@ -179,7 +178,7 @@ class EngineCore:
 
     def _apply(self, step: Step) -> None:
         self._commit(step)
-        self.counters.step(step.forward_ms, len(step.batch))
+        self.counters.forward(step.forward_ms, len(step.batch))
         observed: dict[str, list[tuple[Thread, Outcome]]] = {}
         for request in _requests_of(step.turns):
             mine = [index for index, turn in enumerate(step.turns) if turn.thread.request is request]

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import platform
 import threading
 import uuid
@@ -25,6 +24,9 @@ from workers.core import EngineCore
 from workers.decoding.registry import UnknownMethod, method_class
 from workers.metrics import EngineCounters, EngineStatus
 from workers.model.checkpoint import Checkpoint, ModelLoadError, first_line, load_checkpoint, stop_token_ids
+from workers.model.curve import LatencyCurve, latency_curve
+from workers.model.devices import device_name, find_device, find_dtype
+from workers.model.pages import OutOfPages
 from workers.model.runner import ModelRunner
 from workers.prompts import PromptRenderer
 from workers.request import Event, Request, Sink
@@ -93,6 +95,7 @@ class Engine:
         self.name = checkpoint.name
         self.tokenizer = checkpoint.tokenizer
         self.quantization = checkpoint.quantization
+        self.curve: LatencyCurve | None = None
         runner = _runner(checkpoint.model, kv_tokens)
         self.context_length = runner.context_length
         self.kv_tokens = runner.kv_tokens
@@ -131,8 +134,11 @@ class Engine:
         Raises:
             ModelLoadError: the model cannot be served; one line.
         """
-        place = _device(device)
-        kind = _dtype(dtype, place)
+        try:
+            place = find_device(device)
+            kind = find_dtype(dtype, place)
+        except ValueError as error:
+            raise ModelLoadError(str(error)) from error
         methods = [method] if isinstance(method, str) else method
 
         def load() -> Checkpoint:
@@ -228,9 +234,24 @@ class Engine:
                 future.set_exception(error)
 
         with self._wake:
+            if self._closed:
+                future.set_exception(RequestError(ErrorCode.ENGINE_OVERLOADED, "the worker is shutting down"))
+                return future
             self._jobs.append(job)
             self._wake.notify()
         return future
+
+    def measure(self, *, fresh: bool = False) -> LatencyCurve:
+        """Measure the latency curve between steps, or find it in the cache unless ``fresh``; keeps it as ``curve``.
+
+        Raises:
+            RequestError: no pages are free for it.
+        """
+        try:
+            self.curve = latency_curve(lambda work: self.between_steps(work).result(), fresh=fresh)
+        except OutOfPages as error:
+            raise RequestError(ErrorCode.ENGINE_OVERLOADED, "no pages are free to measure with") from error
+        return self.curve
 
     @property
     def counters(self) -> EngineCounters:
@@ -248,10 +269,8 @@ class Engine:
         return perf_counter() - self._last_step if self._open else None
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the weights and of the KV storage."""
-        model = self._core.runner.model
-        weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-        return {"weights": sum(weights.values()), "kv": self._core.runner.kv_bytes}
+        """Bytes of the weights, of copies of them packed for the kernels, and of the KV storage."""
+        return self._core.runner.memory()
 
     @property
     def device(self) -> torch.device:
@@ -270,7 +289,7 @@ class Engine:
         """One line for the log: what is served, on what, with how much memory."""
         memory = self.memory()
         return (
-            f"{self.name} on {_device_name(self.device)}, {self.dtype}, methods {', '.join(self.methods)}: "
+            f"{self.name} on {device_name(self.device)}, {self.dtype}, methods {', '.join(self.methods)}: "
             f"weights {memory['weights'] / 1e6:.0f} MB, KV {memory['kv'] / 1e6:.0f} MB for {self.kv_tokens} tokens"
         )
 
@@ -326,7 +345,7 @@ class Engine:
                 "max_new_tokens": spec.max_new_tokens,
                 "stop": list(spec.stop_strings),
             },
-            device=_device_name(self.device),
+            device=device_name(self.device),
             dtype=self.dtype,
             quantization=asdict(self.quantization) if self.quantization else None,
             versions={
@@ -348,30 +367,3 @@ def _runner(model: PreTrainedModel, kv_tokens: int | None) -> ModelRunner:
         raise
     except Exception as error:  # models that are built in another way fail anywhere in their code, or in ours
         raise ModelLoadError(f"{type(model).__name__} cannot be served: {first_line(error)}") from error
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ModelLoadError(f"no such device: {name}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelLoadError(f"device {name}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelLoadError(f"device {name}: torch finds {torch.cuda.device_count()} GPUs that it can use")
-    return device
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is None:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in known:
-        raise ModelLoadError(f"unknown dtype {name!r}; known: {', '.join(known)}")
-    return known[name]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"

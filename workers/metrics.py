@@ -1,6 +1,6 @@
 """What the engine counts, and its Prometheus face."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -16,6 +16,7 @@ class EngineCounters:
 
     steps: int = 0
     rows: int = 0
+    step_s: float = 0.0
     forward_s: float = 0.0
     generated_tokens: int = 0
     drafted: int = 0
@@ -24,11 +25,15 @@ class EngineCounters:
     cancelled: int = 0
     failed: int = 0
 
-    def step(self, forward_ms: float, rows: int) -> None:
+    def forward(self, forward_ms: float, rows: int) -> None:
         """Count one forward pass."""
         self.steps += 1
         self.rows += rows
         self.forward_s += forward_ms / 1000
+
+    def snapshot(self) -> dict[str, float]:
+        """The totals now."""
+        return asdict(self)
 
     def tokens(self, trace: StepTrace) -> None:
         """Count what a step did to one request."""
@@ -76,6 +81,7 @@ class EngineCollector(Collector):
             "steps": (counters.steps, "Forward passes"),
             "rows": (counters.rows, "Rows computed in them"),
             "forward_seconds": (counters.forward_s, "Time spent in them"),
+            "step_seconds": (counters.step_s, "Time spent in steps: drafts, forward passes, verification, events"),
             "generated_tokens": (counters.generated_tokens, "Tokens that the model chose"),
             "drafted_tokens": (counters.drafted, "Candidate rows offered"),
             "accepted_tokens": (counters.accepted, "Candidate rows accepted"),

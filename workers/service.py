@@ -8,7 +8,7 @@ import base64
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from protocol.errors import ErrorCode, RequestError
-from protocol.fleet import EmbeddingsParams, ModelDetails, ModelQuery, WorkerStatus, WorkerTraceParams
+from protocol.fleet import EmbeddingsParams, LatencyTable, ModelDetails, ModelQuery, WorkerStatus, WorkerTraceParams
 from protocol.generation import GenerateParams, error_frame
 from protocol.legacy_trace import legacy_trace
 from protocol.wire import parse_body
@@ -123,7 +123,10 @@ def create_app(worker: Worker, background: Callable[[], Any] | None = None) -> F
     async def model_details() -> dict[str, Any]:
         engine = worker.engine
         details = ModelDetails(
-            context_length=engine.context_length, methods=list(engine.methods), memory=engine.memory()
+            context_length=engine.context_length,
+            methods=list(engine.methods),
+            memory=engine.memory(),
+            curve=LatencyTable.model_validate(asdict(engine.curve)) if engine.curve else None,
         )
         return details.model_dump()
 

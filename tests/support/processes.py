@@ -103,6 +103,7 @@ def worker(model: Path, controller_url: str | None, *options: str, port: int | N
         "--kv-tokens",
         "8192",
         "--no-compile",
+        "--no-measure",
         *register,
         *options,
     ]

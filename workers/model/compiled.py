@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from filelock import FileLock
 from torch import nn
@@ -55,13 +54,8 @@ class _Decoder(nn.Module):
 
 def artifact(runner: ModelRunner) -> Path:
     """Where the compiled decoder of this model, machine and version lies or will lie."""
-    config = runner.model.config.to_dict()
-    for unrelated in ("_name_or_path", "transformers_version"):
-        config.pop(unrelated, None)
-    layers = sorted({type(module).__name__ for module in runner.model.modules()})
-    parts = [repr(sorted(config.items(), key=lambda item: item[0])), *layers, str(runner.kernels)]
-    parts += [torch.__version__, transformers.__version__, Path(__file__).read_text()]
-    return cache_folder() / "compiled" / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.pt2"
+    key = f"{runner.identity}\n{Path(__file__).read_text()}"
+    return cache_folder() / "compiled" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt2"
 
 
 def compile_decoder(runner: ModelRunner, target: Path) -> None:

@@ -5,14 +5,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import psutil
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from workers.model import attention, linear
 from workers.model.batch import Run, StepBatch, build_batch
 from workers.model.checkpoint import ModelLoadError
+from workers.model.devices import Stopwatch
 from workers.model.kernels import NARROW_ROWS
 from workers.model.kernels.build import load_kernels
 from workers.model.kv import KVStore, LayerShape
@@ -35,10 +38,12 @@ class StepOutput:
     Attributes:
         logits: float[len(batch.logit_rows), vocabulary].
         hidden: float[len(batch.hidden_rows), hidden], the last hidden states before the output projection, or None.
+        watch: times the forward pass.
     """
 
     logits: torch.Tensor
     hidden: torch.Tensor | None
+    watch: Stopwatch
 
 
 class ModelRunner:
@@ -81,6 +86,28 @@ class ModelRunner:
         self._store = KVStore(shapes, self.pool.total, step_rows, model.dtype, self.device)
         self._self_check()
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights, of copies of them in other layouts, and of the KV storage."""
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers())}
+        # The kernels read weights where they lie: no copy is packed for any width.
+        return {"weights": sum(tensors.values()), "packed": 0, "kv": self.kv_bytes}
+
+    @property
+    def number_type(self) -> str:
+        """The type of the weights' numbers, and that of the products' where they are quantised."""
+        int8 = any(isinstance(module, Int8Linear) for module in self.model.modules())
+        return "int8" if int8 else str(self.model.dtype).removeprefix("torch.")
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for models, number types and versions that compute the same graph; weights do not count."""
+        config = self.model.config.to_dict()
+        for unrelated in ("_name_or_path", "transformers_version"):
+            config.pop(unrelated, None)
+        layers = sorted({type(module).__name__ for module in self.model.modules()})
+        parts = [repr(sorted(config.items(), key=lambda item: item[0])), *layers, str(self.kernels)]
+        return "\n".join([*parts, str(self.model.dtype), torch.__version__, transformers.__version__])
+
     def new_table(self) -> PageTable:
         """An empty page table."""
         return PageTable(self.pool)
@@ -107,12 +134,11 @@ class ModelRunner:
         the step buffers until the next step.
         """
         hidden: list[torch.Tensor] = []
-        with (
-            attention.step_attention(self._context(batch)),
-            self._hidden_rows(batch, hidden),
-        ):
+        watch = Stopwatch(self.device)
+        with attention.step_attention(self._context(batch)), self._hidden_rows(batch, hidden):
             logits = self._logits(batch)
-        return StepOutput(logits, hidden[0] if hidden else None)
+        watch.stop()
+        return StepOutput(logits, hidden[0] if hidden else None, watch)
 
     def _context(self, batch: StepBatch) -> attention.StepContext:
         plan = plan_attention(batch) if len(batch) <= self.narrow_rows else None
@@ -222,8 +248,7 @@ class ModelRunner:
         stock = self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -6:]
         difference = (ours - stock).abs().max().item()
         largest = stock.abs().max().item()
-        rounded = any(isinstance(module, Int8Linear) for module in self.model.modules())
-        tolerance = SELF_CHECK_TOLERANCE[torch.float16 if rounded else self.model.dtype]
+        tolerance = SELF_CHECK_TOLERANCE[torch.float16 if self.number_type == "int8" else self.model.dtype]
         if not math.isfinite(difference) or difference > tolerance * largest:
             raise ModelLoadError(
                 f"{type(self.model).__name__} is not supported: over token trees its logits differ from its own "

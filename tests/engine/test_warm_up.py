@@ -8,12 +8,12 @@ import torch
 from tests.support.families import tiny_model
 from tests.support.oracle import assert_same_answer, greedy
 from tests.support.tiny import save_tiny
-from workers.compiling import Compilation
 from workers.engine import Engine
 from workers.model.batch import Run
 from workers.model.kernels.build import load_kernels
 from workers.model.runner import ModelRunner
 from workers.model.tree import Needs, TokenTree
+from workers.warm_up import WarmUp
 
 pytestmark = pytest.mark.skipif(load_kernels() is None, reason="no C++ compiler")
 
@@ -24,11 +24,10 @@ def compiled_engine(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLYDECODE_CACHE", str(tmp_path_factory.mktemp("cache")))
         with Engine.load(str(folder), kv_tokens=1024) as engine:
-            compilation = Compilation(engine, str(folder))
-            compilation.wait()
+            warm_up = WarmUp(engine, str(folder), measure=False)
+            warm_up.wait()
             assert engine.between_steps(lambda runner: runner.compiled).result()
             yield engine, folder
-            compilation.close()
 
 
 def logits_of(runner: ModelRunner, runs: int) -> torch.Tensor:
@@ -73,5 +72,5 @@ def test_greedy_equals_generate(compiled_engine: tuple[Engine, Path]) -> None:
 def test_the_next_engine_finds_it_in_the_cache(compiled_engine: tuple[Engine, Path]) -> None:
     _, folder = compiled_engine
     with Engine.load(str(folder), kv_tokens=1024) as engine:
-        Compilation(engine, str(folder))
+        WarmUp(engine, str(folder), measure=False).wait()
         assert engine.between_steps(lambda runner: runner.compiled).result()
