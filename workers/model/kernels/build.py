@@ -15,7 +15,7 @@ from workers.model.checkpoint import cache_folder
 
 logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "attention.h", "product.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "amx.h", "attention.h", "product.h")]
 FLAGS = ["-O3", "-march=native", "-std=gnu++20", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"]
 FLAGS += ["-shared", "-fPIC", "-Wno-unknown-pragmas"]
 

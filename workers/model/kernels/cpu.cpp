@@ -6,20 +6,42 @@
 #include <optional>
 #include <vector>
 
+#include "amx.h"
 #include "attention.h"
 
 using torch::stable::Tensor;
 
 namespace polydecode {
 
+#if POLYDECODE_AMX
+struct Float32Kind : Float32 {
+  using Tiles = amx::Float32Tiles;
+};
+struct Int8Kind : Int8 {
+  using Tiles = amx::Int8Tiles;
+};
+#else
+using Float32Kind = Float32;
+using Int8Kind = Int8;
+#endif
+
 template <typename T>
 T* data(const Tensor& tensor) {
   return (T*)tensor.data_ptr();
 }
 
-// Run a product over all columns on torch's threads, a block of columns at a time; `done` sees every finished block.
+// Run a product over all columns on torch's threads, some columns at a time; `done` sees every finished block.
 template <typename Kind, typename Done>
 void over_columns(const Product<Kind>& p, int64_t rows, int64_t columns, const Done& done) {
+#if POLYDECODE_AMX
+  if (amx::fits<typename Kind::Tiles>(p.in, columns)) {
+    torch::stable::parallel_for(0, columns / amx::SIDE, 1, [&](int64_t first, int64_t last) {
+      amx::columns<typename Kind::Tiles>(p, rows, first * amx::SIDE, last * amx::SIDE);
+      done(first * amx::SIDE, (last - first) * amx::SIDE);
+    });
+    return;
+  }
+#endif
   const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS;
   torch::stable::parallel_for(0, blocks, 4, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; b++) {
@@ -43,7 +65,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias)
   Tensor out = torch::stable::new_empty(x, {rows, columns});
   float* y = data<float>(out);
   const float* b = bias ? data<float>(*bias) : nullptr;
-  over_columns(Product<Float32>{data<float>(x), data<float>(weight), y, in, in, columns}, rows, columns, [&](int64_t column, int64_t width) {
+  over_columns(Product<Float32Kind>{data<float>(x), data<float>(weight), y, in, in, columns}, rows, columns, [&](int64_t column, int64_t width) {
     if (b) add_bias(y + column, rows, columns, b + column, width);
   });
   return out;
@@ -82,7 +104,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, s
   float* y = data<float>(out);
   const float* s = data<float>(scale);
   const float* b = bias ? data<float>(*bias) : nullptr;
-  over_columns(Product<Int8>{rounded, data<int8_t>(weight), y, in, in, columns}, rows, columns, [&](int64_t column, int64_t width) {
+  over_columns(Product<Int8Kind>{rounded, data<int8_t>(weight), y, in, in, columns}, rows, columns, [&](int64_t column, int64_t width) {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t c = column; c < column + width; c++) y[r * columns + c] *= row_scales[r] * s[c];
     if (b) add_bias(y + column, rows, columns, b + column, width);
