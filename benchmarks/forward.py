@@ -71,7 +71,7 @@ def compare(runner: ModelRunner, model_path: str, widths: list[int], context: in
         print(f"{name:28}" + "".join(f"{taken[name, width]:8.1f}" for width in widths))
     bandwidth = copy_bandwidth(runner.device)
     for name, own in (("bound", runner), ("bound, int8", int8)):
-        size = own.memory()["weights"]
+        size = read_bytes(own)
         print(f"{name:28}{1000 * size / bandwidth:8.1f}  ({size / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s)")
 
 
@@ -121,6 +121,14 @@ def our_own(runner: ModelRunner, context: int, *, kernels: bool = True, compiled
         return taken
 
     return one_pass
+
+
+def read_bytes(runner: ModelRunner) -> int:
+    """Bytes of the weights that a pass reads: all but embeddings that no product uses."""
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*runner.model.parameters(), *runner.model.buffers())}
+    embeddings, output = runner.model.get_input_embeddings().weight, runner.model.get_output_embeddings().weight
+    unread = 0 if embeddings.data_ptr() == output.data_ptr() else embeddings.nbytes
+    return sum(weights.values()) - unread
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -7,7 +7,7 @@ from workers.model.attention import in_narrow_step
 
 
 class StepLinear(nn.Linear):
-    """``nn.Linear`` in float32 on the CPU; bit for bit, a row's result does not depend on the rows beside it."""
+    """``nn.Linear`` in float32 on the CPU; see product.h and amx.h."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float[..., in] → float[..., out]."""

@@ -4,7 +4,7 @@
 // the rows are packed once a product, as the right factor wants them, and missing rows are zeros that cost nothing more.
 // float32 is computed on bfloat16 tiles without losing precision: a float is the exact sum of three bfloat16 numbers,
 // and of the nine products of parts the six that a float32 product can hold are added up. Every sum runs in the same
-// order however many rows there are.
+// order however many rows there are; only between few rows (product.h) and more do results differ, by rounding.
 #pragma once
 
 #include "product.h"
@@ -147,6 +147,7 @@ struct Strip {
   int64_t in;
   char* tiles;   // float32: the parts of the weights, [step][part], one tile each
   int64_t ring;  // float32: steps that `tiles` has room for
+  int64_t ahead; // how far behind these the weights lie that are to be fetched meanwhile; 0 for none
   bool again;    // whether this is not the first sweep over these columns
 
   char* at(int64_t step) const { return tiles + step % ring * Kind::PARTS * TILE_BYTES; }
@@ -157,8 +158,8 @@ inline void split(const Strip<Float32Tiles>& strip, int64_t step) {
   char* to = strip.at(step);
   for (int64_t c = 0; c < SIDE; c++, from += strip.in, to += 64) {
     Float32Tiles::parts(from, to, TILE_BYTES);
-    __builtin_prefetch(from + SIDE * strip.in, 0, 2);
-    __builtin_prefetch(from + SIDE * strip.in + LANES, 0, 2);
+    __builtin_prefetch(from + strip.ahead, 0, 2);
+    __builtin_prefetch(from + strip.ahead + LANES, 0, 2);
   }
 }
 
@@ -205,7 +206,7 @@ inline void sweep(const Strip<Int8Tiles>& strip, const Packed<Int8Tiles>& rows, 
   const char *first = rows.block(block), *second = rows.block(block + 1);
   const int8_t* w = strip.weights;
   for (int64_t s = 0; s < rows.steps(); s++, w += 64, first += 2 * TILE_BYTES, second += 2 * TILE_BYTES) {
-    for (int64_t c = 0; !strip.again && c < SIDE; c++) __builtin_prefetch(w + (SIDE + c) * strip.in, 0, 2);
+    for (int64_t c = 0; !strip.again && c < SIDE; c++) __builtin_prefetch(w + strip.ahead + c * strip.in, 0, 2);
     _tile_loadd(4, w, strip.in);
     _tile_loadd(5, first, 64); _tile_dpbssd(0, 4, 5);
     _tile_loadd(6, first + TILE_BYTES, 64); _tile_dpbsud(1, 4, 6);
@@ -226,18 +227,19 @@ inline Floats joined(const Ints (&sums)[2][SIDE], int column) {
   return __builtin_convertvector(sums[0][column], Floats) * 256 + __builtin_convertvector(sums[1][column], Floats);
 }
 
-// Columns first to last (multiples of 16) of p, on this thread.
-template <typename Kind, typename Product>
-void columns(const Product& p, int64_t rows, int64_t first, int64_t last) {
+// Columns first to last (multiples of 16) of p, on this thread; `done` sees every 16 when they are finished.
+template <typename Kind, typename Product, typename Done>
+void columns(const Product& p, int64_t rows, int64_t first, int64_t last, const Done& done) {
   Tiles on;
+  for (int64_t i = 0; i < SIDE * p.in; i += 64 / sizeof *p.weights) __builtin_prefetch(p.weights + first * p.in + i, 0, 2);
   const Packed<Kind> packed(p.rows, rows, p.in);
   const int64_t blocks = packed.blocks_of(rows), ring = blocks > 2 ? packed.steps() : 2;
   char* tiles = scratch<1>(ring * Kind::PARTS * TILE_BYTES);
   Sums<Kind> sums;
-  for (int64_t column = first; column < last; column += SIDE)
+  for (int64_t column = first; column < last; column += SIDE) {
     for (int64_t block = 0; block < blocks; block += 2) {
       const bool two = block + 1 < blocks;
-      sweep(Strip<Kind>{p.weights + column * p.in, p.in, tiles, ring, block > 0}, packed, block, two, sums);
+      sweep(Strip<Kind>{p.weights + column * p.in, p.in, tiles, ring, column + SIDE < last ? SIDE * p.in : 0, block > 0}, packed, block, two, sums);
       for (int64_t b = 0; b <= two; b++) {
         Ints lines[SIDE];
         for (int c = 0; c < SIDE; c++) lines[c] = (Ints)joined(sums.lines[b], c);
@@ -246,12 +248,16 @@ void columns(const Product& p, int64_t rows, int64_t first, int64_t last) {
         for (int64_t r = 0; r < std::min(SIDE, rows - row); r++) std::memcpy(p.out + (row + r) * p.out_stride + column, &lines[r], 64);
       }
     }
+    done(column);
+  }
 }
 
-// Whether tiles can compute rows[_, in] times weights[columns, in].
+constexpr int64_t FEW = 4;  // up to here vector instructions are faster: they keep up with memory and need no packing
+
+// Whether tiles should compute rows[rows, in] times weights[columns, in].
 template <typename Kind>
-bool fits(int64_t in, int64_t columns) {
-  return allowed() && in % Kind::STEP == 0 && in <= 1 << 16 && columns % SIDE == 0;  // longer int8 sums would overflow
+bool fits(int64_t rows, int64_t in, int64_t columns) {
+  return allowed() && rows > FEW && in % Kind::STEP == 0 && in <= 1 << 16 && columns % SIDE == 0;  // longer int8 sums would overflow
 }
 
 }  // namespace polydecode::amx

@@ -34,10 +34,9 @@ T* data(const Tensor& tensor) {
 template <typename Kind, typename Done>
 void over_columns(const Product<Kind>& p, int64_t rows, int64_t columns, const Done& done) {
 #if POLYDECODE_AMX
-  if (amx::fits<typename Kind::Tiles>(p.in, columns)) {
+  if (amx::fits<typename Kind::Tiles>(rows, p.in, columns)) {
     torch::stable::parallel_for(0, columns / amx::SIDE, 1, [&](int64_t first, int64_t last) {
-      amx::columns<typename Kind::Tiles>(p, rows, first * amx::SIDE, last * amx::SIDE);
-      done(first * amx::SIDE, (last - first) * amx::SIDE);
+      amx::columns<typename Kind::Tiles>(p, rows, first * amx::SIDE, last * amx::SIDE, [&](int64_t column) { done(column, amx::SIDE); });
     });
     return;
   }
@@ -71,6 +70,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias)
   return out;
 }
 
+void multiply(float* __restrict out, int64_t rows, int64_t stride, const float* __restrict row_scales, const float* __restrict scales, int64_t columns) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < columns; c++) out[r * stride + c] *= row_scales[r] * scales[c];
+}
+
 // One row in 16 bits (fewer only beyond 8,000 inputs), far finer than the weights' 8. Returns what one unit stands for.
 float round_row(const float* x, int16_t* rounded, int64_t in) {
   const float units = rounded_max(in);
@@ -86,7 +90,8 @@ float round_row(const float* x, int16_t* rounded, int64_t in) {
   const float inverse = largest > 0 ? units / largest : 0;
   for (i = 0; i + LANES <= in; i += LANES) {
     const Floats v = load<Floats>(x + i) * inverse;
-    const auto lanes = __builtin_convertvector(v < 0 ? v - 0.5f : v + 0.5f, VectorOf<int16_t, LANES>::type);
+    const Ints whole = __builtin_convertvector(v < 0 ? v - 0.5f : v + 0.5f, Ints);
+    const auto lanes = __builtin_convertvector(whole, VectorOf<int16_t, LANES>::type);
     std::memcpy(rounded + i, &lanes, sizeof lanes);
   }
   for (; i < in; i++) rounded[i] = (int16_t)std::lround(x[i] * inverse);
@@ -105,8 +110,7 @@ Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scale, s
   const float* s = data<float>(scale);
   const float* b = bias ? data<float>(*bias) : nullptr;
   over_columns(Product<Int8Kind>{rounded, data<int8_t>(weight), y, in, in, columns}, rows, columns, [&](int64_t column, int64_t width) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t c = column; c < column + width; c++) y[r * columns + c] *= row_scales[r] * s[c];
+    multiply(y + column, rows, columns, row_scales.data(), s + column, width);
     if (b) add_bias(y + column, rows, columns, b + column, width);
   });
   return out;

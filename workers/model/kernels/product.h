@@ -3,7 +3,7 @@
 // A tile of R rows by C columns stays in registers while one pass runs along the inner dimension. Weights are read where
 // they lie (row-major, [out, in], as nn.Linear keeps them): nothing is packed or copied. Every sum runs over the same
 // lanes in the same order however many rows there are, so a row's result does not depend, bit for bit, on the rows
-// beside it.
+// beside it. Where there are tiles (amx.h), they take over beyond a few rows.
 #pragma once
 
 #include <algorithm>
