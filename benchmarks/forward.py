@@ -126,7 +126,8 @@ def our_own(runner: ModelRunner, context: int, *, kernels: bool = True, compiled
 def read_bytes(runner: ModelRunner) -> int:
     """Bytes of the weights that a pass reads: all but embeddings that no product uses."""
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*runner.model.parameters(), *runner.model.buffers())}
-    embeddings, output = runner.model.get_input_embeddings().weight, runner.model.get_output_embeddings().weight
+    model: Any = runner.model
+    embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     unread = 0 if embeddings.data_ptr() == output.data_ptr() else embeddings.nbytes
     return sum(weights.values()) - unread
 

@@ -28,6 +28,7 @@ from workers.engine import Engine
 from workers.model.attention import OVER_SDPA
 from workers.model.runner import ModelRunner
 from workers.request import Event
+from workers.warm_up import WarmUp
 
 STREAMS = 8
 
@@ -55,6 +56,7 @@ def main(
     transformers_logging.set_verbosity_error()
     questions = [question.turns[0] for question in load_datasets(["vicuna_bench"])[0].questions]
     with Engine.load(model_path, kv_tokens=8192) as engine:
+        WarmUp(engine, model_path, measure=False).wait()
         results = [one_round(engine, questions, index, new_tokens) for index in range(rounds)]
     report(results)
     if memory:

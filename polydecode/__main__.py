@@ -52,6 +52,21 @@ def up(
 
 
 @app.command()
+def curve(
+    model: Annotated[str, typer.Argument(help="model path or id, e.g. smollm2-135m")],
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if there is one]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: by device]")] = None,
+    quantization: Annotated[str | None, typer.Option(help="int8: weights of all products in 8 bits")] = None,
+    compile_decoder: Annotated[bool, typer.Option("--compile/--no-compile", help="as a worker does (CPU)")] = True,
+    fresh: Annotated[bool, typer.Option(help="measure again")] = False,
+) -> None:
+    """Show what a forward pass costs on this machine, by rows and context."""
+    from polydecode.curve import run
+
+    raise typer.Exit(run(model, device, dtype, quantization, compile_decoder=compile_decoder, fresh=fresh))
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="model path or id, e.g. smollm2-135m")],
     method: Annotated[str | None, typer.Option(help="decoding method; default: the model's own")] = None,

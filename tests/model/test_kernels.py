@@ -72,7 +72,7 @@ def logits_one_by_one(runner: ModelRunner, prefix: list[int], ids: list[int], *,
 def test_a_branch_has_the_bits_of_ordinary_decoding(family: str, length: int) -> None:
     """Every row of a run and of a tree, beside another request's, has exactly the logits of one token a step.
 
-    One token alone has them up to rounding. Not so where a model brings products of its own: GPT-2's Conv1D and experts.
+    One token alone has them up to rounding. Not so with Conv1D (GPT-2) and experts.
     """
     runner = ModelRunner(tiny_checkpoint(family).model, kv_tokens=1024)
     prefix = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
