@@ -23,6 +23,7 @@ from workers.engine import Engine
 from workers.model.attention import OVER_SDPA
 from workers.model.runner import ModelRunner
 from workers.request import Event
+from workers.warm_up import WarmUp
 
 TIE = 5e-4  # logits this close may swap when the batch's shape changes
 MOST_TIES = 0.02  # share of answers that may differ by one
@@ -69,6 +70,7 @@ def main(
     results = Results(out)
     asked = load_datasets(["vicuna_bench"])[0].questions[:questions]
     with Engine.load(model_path, kv_tokens=16384) as engine:
+        WarmUp(engine, model_path, measure=False).wait()
         for check, size in (("greedy, alone", 1), ("greedy, 8 together", TOGETHER)):
             cases = [Case(check, f"vicuna_bench/{q.question_id}/{new_tokens}", q.turns[0]) for q in asked]
             for group in batches([case for case in cases if not results.has(case)], size):

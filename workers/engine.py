@@ -290,7 +290,8 @@ class Engine:
         memory = self.memory()
         return (
             f"{self.name} on {device_name(self.device)}, {self.dtype}, methods {', '.join(self.methods)}: "
-            f"weights {memory['weights'] / 1e6:.0f} MB, KV {memory['kv'] / 1e6:.0f} MB for {self.kv_tokens} tokens"
+            f"weights {memory['weights'] / 1e6:.0f} MB, packed copies {memory['packed'] / 1e6:.0f} MB, "
+            f"KV {memory['kv'] / 1e6:.0f} MB for {self.kv_tokens} tokens"
         )
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import local
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,6 +22,9 @@ from workers.model.batch import KeyPlan, Segment
 from workers.model.kv import KVStore, LayerShape
 from workers.model.pages import Slots
 from workers.model.plan import AttentionPlan
+
+if TYPE_CHECKING:
+    from workers.model.kernels.gpu import StepTables
 
 OVER_SDPA = "polydecode"
 OVER_EAGER = "polydecode_eager"  # for models whose stock attention sdpa cannot compute (softcap, sinks)
@@ -37,12 +40,12 @@ class UnsupportedAttention(Exception):
 
 @dataclass
 class StepContext:
-    """What attention needs in one step; a narrow step has a plan for the CPU kernels."""
+    """What attention needs in one step; a narrow step has a plan for the kernels of its device."""
 
     store: KVStore
     slots: Slots
     segments: list[Segment]
-    plan: AttentionPlan | None
+    plan: "AttentionPlan | StepTables | None"
 
 
 @dataclass
@@ -64,7 +67,7 @@ def step_attention(context: StepContext | ShapeProbe) -> Iterator[None]:
     """Forward passes of this OS thread inside the block are engine steps."""
     _current.context = context
     try:
-        if isinstance(context, StepContext) and context.plan is not None:
+        if isinstance(context, StepContext) and isinstance(context.plan, AttentionPlan):
             store = context.store
             torch.ops.polydecode.begin_step(store.addresses, store.step_base, *context.plan.tensors)
         yield
@@ -76,7 +79,7 @@ def step_attention(context: StepContext | ShapeProbe) -> Iterator[None]:
 
 def in_narrow_step() -> bool:
     """Whether this OS thread runs a step on the CPU kernels."""
-    return isinstance(_current.context, StepContext) and _current.context.plan is not None
+    return isinstance(_current.context, StepContext) and isinstance(_current.context.plan, AttentionPlan)
 
 
 def install(model: PreTrainedModel) -> None:
@@ -132,10 +135,15 @@ def _attend_step(
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     assert context is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if context.plan is not None:
-        window, cap = sliding_window or 0, softcap or 0.0
+    window, cap = sliding_window or 0, softcap or 0.0
+    if isinstance(context.plan, AttentionPlan):
         return torch.ops.polydecode.attend(query, key, value, layer, scale, window, cap, s_aux), None
     context.store.write(layer, context.slots, key[0], value[0])
+    if context.plan is not None:
+        from workers.model.kernels import gpu  # needs Triton, which is where GPUs are
+
+        stored = context.store.layer(layer)
+        return gpu.attend(query, *stored, context.plan, context.store.step_base, scale, window, cap, s_aux), None
     outputs = []
     for segment in context.segments:
         plan = segment.key_plan(sliding_window, context.store.step_base, query.device)

@@ -54,6 +54,10 @@ class KVStore:
                 addresses[layer] = torch.tensor([*places, shape.key_width, shape.value_width])
         self.addresses = addresses
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer: float[heads, slots + step_rows, width] each."""
+        return self._layers[layer]
+
     def write(self, layer: int, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the step's keys and values, float[heads, T, width] each, into T slots."""
         stored_keys, stored_values = self._layers[layer]

@@ -1,11 +1,13 @@
 """The model's side of a step: one ragged forward pass through a stock causal LM, and the KV storage behind it."""
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -23,6 +25,9 @@ from workers.model.pages import PAGE_ROWS, PagePool, PageTable, pages_for
 from workers.model.plan import plan_attention
 from workers.model.quantization import Int8Linear
 from workers.model.tree import Needs, TokenTree
+
+if TYPE_CHECKING:
+    from workers.model.graphs import StepGraphs
 
 SELF_CHECK_TOKENS = 16
 SELF_CHECK_TOLERANCE = {torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the largest logit
@@ -53,6 +58,7 @@ class ModelRunner:
         kernels: the build of the CPU kernels that narrow steps run on; None on a GPU, in other types than float32 and
             where there is no compiler.
         narrow_rows: the most rows of a step that runs on them; 0 turns them off.
+        graphs: runs narrow steps on a GPU; None on a CPU, and where Triton is missing.
         compiled: whether narrow steps run through a compiled decoder (see compiled.py).
     """
 
@@ -84,6 +90,7 @@ class ModelRunner:
         self.pool = PagePool(self.kv_tokens // PAGE_ROWS)
         self.kv_bytes = self._row_bytes(shapes) * (self.kv_tokens + step_rows)
         self._store = KVStore(shapes, self.pool.total, step_rows, model.dtype, self.device)
+        self.graphs = self._step_graphs()
         self._self_check()
 
     def memory(self) -> dict[str, int]:
@@ -133,8 +140,11 @@ class ModelRunner:
         Keys and values of runs are in their pages afterwards (``table.advance`` makes them count), those of trees in
         the step buffers until the next step.
         """
-        hidden: list[torch.Tensor] = []
         watch = Stopwatch(self.device)
+        if self.graphs and self.graphs.takes(batch) and (found := self.graphs.run(batch)):
+            watch.stop()
+            return StepOutput(found[0], found[1] if batch.hidden_rows else None, watch)
+        hidden: list[torch.Tensor] = []
         with attention.step_attention(self._context(batch)), self._hidden_rows(batch, hidden):
             logits = self._logits(batch)
         watch.stop()
@@ -220,6 +230,13 @@ class ModelRunner:
                 f"{type(self.model).__name__} has no layer that uses transformers' attention interface"
             )
         return probe.shapes
+
+    def _step_graphs(self) -> "StepGraphs | None":
+        if self.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return None
+        from workers.model.graphs import StepGraphs
+
+        return StepGraphs(self.model, self._store, self.context_length)
 
     def _default_kv_tokens(self, shapes: dict[int, LayerShape]) -> int:
         if self.device.type == "cuda":
