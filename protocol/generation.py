@@ -7,7 +7,7 @@ with more keys. FastChat's own clients and workers ignore what they do not know.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, field_validator, model_validator
 
 from protocol.errors import ErrorCode, RequestError
 from protocol.trace import StepTrace, TraceHeader, TraceSummary
@@ -50,6 +50,25 @@ def _default_for_null(default: Any) -> BeforeValidator:
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
+class DraftSettings(Wire):
+    """Sizes of drafts; None leaves one to the server, and what the server was not told either to the tuner.
+
+    ``window``, ``level`` and ``guesses`` are lookahead's W, N and G, also under the names of the original.
+    """
+
+    nodes: Annotated[int | None, Field(ge=1, le=256)] = None  # candidate rows a step
+    window: Annotated[int | None, Field(ge=1, validation_alias=AliasChoices("window", "WINDOW_SIZE"))] = None
+    level: Annotated[int | None, Field(ge=3, validation_alias=AliasChoices("level", "LEVEL"))] = None
+    guesses: Annotated[int | None, Field(ge=1, validation_alias=AliasChoices("guesses", "GUESS_SET_SIZE"))] = None
+    pool_from_prompt: Annotated[
+        bool | None, Field(validation_alias=AliasChoices("pool_from_prompt", "POOL_FROM_PROMPT"))
+    ] = None
+
+    def over(self, defaults: "DraftSettings") -> "DraftSettings":
+        """These settings, and ``defaults`` where they are None."""
+        return defaults.model_copy(update=self.model_dump(exclude_none=True))
+
+
 class SamplingFields(Wire):
     """The sampling parameters that every door shares; ``null`` means the default."""
 
@@ -65,6 +84,7 @@ class SamplingFields(Wire):
     stop: Annotated[list[str], BeforeValidator(_as_list)] = []
     stop_token_ids: Annotated[list[int], BeforeValidator(_as_list)] = []
     method: str | None = None  # None: the default of the model name
+    draft: Annotated[DraftSettings, _default_for_null(DraftSettings())] = DraftSettings()
     trace: Annotated[TraceLevel, _default_for_null(False)] = False
     max_length: Annotated[int | None, Field(gt=0)] = None  # prompt and answer together
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from protocol.errors import ErrorCode, RequestError
 from protocol.trace import ThreadStep, TraceHeader
-from workers.decoding.interface import Method, Outcome
+from workers.decoding.interface import Budget, Method, Outcome
 from workers.metrics import EngineCounters
 from workers.model.batch import Run, StepBatch
 from workers.model.pages import distinct_rows
@@ -139,7 +139,7 @@ class EngineCore:
             mine = [index for index in completing if turns[index].thread.request.spec.method == name]
             if not mine:
                 continue
-            drafted = method.draft([turns[index].thread for index in mine], budget)
+            drafted = method.draft([turns[index].thread for index in mine], Budget(budget))
             for index, tree in zip(mine, drafted, strict=True):
                 if self.scheduler.reserve_draft(turns[index].thread, tree.max_accepted):
                     trees[index] = tree

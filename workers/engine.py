@@ -21,7 +21,7 @@ from protocol.generation import GenerateParams
 from protocol.trace import TraceHeader
 from protocol.wire import parse_object
 from workers.core import EngineCore
-from workers.decoding.registry import UnknownMethod, method_class
+from workers.decoding.registry import UnknownMethod, make_method
 from workers.metrics import EngineCounters, EngineStatus
 from workers.model.checkpoint import Checkpoint, ModelLoadError, first_line, load_checkpoint, stop_token_ids
 from workers.model.curve import LatencyCurve, latency_curve
@@ -87,7 +87,7 @@ class Engine:
 
     def _set_up(self, load: Callable[[], Checkpoint], kv_tokens: int | None, conv_template: str | None) -> None:
         try:
-            decoders = {name: method_class(name)() for name in self.methods}
+            decoders = {name: make_method(name) for name in self.methods}
             checkpoint = load()
             self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
         except (UnknownMethod, ValueError) as error:

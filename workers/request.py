@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import Any
 
 from protocol.errors import RequestError
-from protocol.generation import FinishReason, TraceLevel
+from protocol.generation import DraftSettings, FinishReason, TraceLevel
 from protocol.trace import StepTrace, ThreadStep, TraceHeader, TraceSummary, summarise
 from workers.model.pages import PageTable
 from workers.model.sampling import Sampling, TokenLogprobs
@@ -38,6 +38,7 @@ class GenerationRequest:
     echo: str = ""
     logprobs: int | None = None
     trace: TraceLevel = False
+    draft: DraftSettings = field(default_factory=DraftSettings)
     max_threads: int = DEFAULT_MAX_THREADS
 
     @property
@@ -124,6 +125,10 @@ class Thread:
     @property
     def sampling(self) -> Sampling:
         return self.request.spec.sampling
+
+    @property
+    def draft(self) -> DraftSettings:
+        return self.request.spec.draft
 
     @property
     def pending(self) -> int:

@@ -2,10 +2,10 @@
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protocol.errors import ErrorCode, RequestError
-from protocol.generation import GenerateParams
+from protocol.generation import DraftSettings, GenerateParams
 from workers.model.sampling import Sampling
 from workers.prompts import Prompt, PromptRenderer
 from workers.request import GenerationRequest
@@ -22,6 +22,7 @@ class Limits:
     vocabulary: int
     stop_token_ids: frozenset[int]
     methods: tuple[str, ...]
+    draft: DraftSettings = field(default_factory=DraftSettings)
 
 
 def resolve(
@@ -57,6 +58,7 @@ def resolve(
         echo=prompt.text if params.echo else "",
         logprobs=params.logprobs,
         trace=params.trace,
+        draft=_draft(params, limits),
     )
 
 
@@ -109,6 +111,19 @@ def _method(params: GenerateParams, methods: tuple[str, ...], defaults: Mapping[
         served = ", ".join(methods)
         raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, f"method {method!r} is not served here; served: {served}")
     return method
+
+
+def _draft(params: GenerateParams, limits: Limits) -> DraftSettings:
+    draft = params.draft.over(limits.draft)
+    check_draft(draft, limits.context_length)
+    return draft
+
+
+def check_draft(draft: DraftSettings, context_length: int) -> None:
+    """Refuse a lookahead window that no context could hold. Raises RequestError."""
+    if draft.window and draft.window + (draft.level or 3) > context_length:
+        message = f"draft.window: {draft.window} does not fit into the context of {context_length} tokens"
+        raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, message)
 
 
 def _check_tokens(name: str, tokens: Iterable[int], vocabulary: int) -> None:

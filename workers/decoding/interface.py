@@ -1,14 +1,29 @@
 """What a decoding method is: it drafts a token tree for each of its threads, and learns from what became of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from protocol.generation import DraftSettings
 from workers.model.sampling import Sampling
 from workers.model.tree import Needs, TokenTree
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What drafts may cost in a step.
+
+    Attributes:
+        rows: most rows of one thread's tree.
+        worth: how many of some candidates are worth their rows, from the probabilities of their acceptance in falling
+            order.
+    """
+
+    rows: int
+    worth: Callable[[Sequence[float]], int] = len
 
 
 class DraftThread(Protocol):
@@ -19,6 +34,8 @@ class DraftThread(Protocol):
         prompt_length: how many of them are the prompt.
         remaining: tokens that the thread may still emit.
         state: the method's own memory of this thread; it dies with the thread.
+        draft: sizes that the request or the server asked for.
+        path: number of the thread among its parent's children, after the parent's path; () for the first.
     """
 
     token_ids: list[int]
@@ -26,6 +43,12 @@ class DraftThread(Protocol):
 
     @property
     def prompt_length(self) -> int: ...
+
+    @property
+    def path(self) -> tuple[int, ...]: ...
+
+    @property
+    def draft(self) -> DraftSettings: ...
 
     @property
     def sampling(self) -> Sampling: ...
@@ -73,8 +96,8 @@ class Method(ABC):
     root_needs: Needs = Needs.LOGITS
 
     @abstractmethod
-    def draft(self, threads: Sequence[DraftThread], budget: int) -> list[TokenTree]:
-        """One tree of at most ``budget`` rows a thread, from the step of the thread's last prompt chunk on."""
+    def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
+        """One tree of at most ``budget.rows`` rows a thread, from the step of the thread's last prompt chunk on."""
 
     def observe(  # noqa: B027 - most methods learn nothing
         self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from workers.decoding.interface import DraftThread, Method
+from workers.decoding.interface import Budget, DraftThread, Method
 from workers.model.tree import EMPTY_TREE, TokenTree
 
 
@@ -11,5 +11,5 @@ class Vanilla(Method):
 
     name = "vanilla"
 
-    def draft(self, threads: Sequence[DraftThread], budget: int) -> list[TokenTree]:
+    def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
         return [EMPTY_TREE] * len(threads)

@@ -53,6 +53,7 @@ class TokenTree:
         depths: T offsets of the row's position from the root's; by default the depth in the tree (1, 2, …).
         embeddings: float[E, hidden] for the E rows whose token id is -1.
         visible: bool[T, T] that replaces the ancestor closure; row i sees row j where it is true.
+        chances: T probabilities of acceptance as the method estimates them (0 for rows that are no candidates); or ().
     """
 
     token_ids: Sequence[int]
@@ -62,6 +63,7 @@ class TokenTree:
     depths: Sequence[int]
     embeddings: torch.Tensor | None = None
     visible: np.ndarray | None = None
+    chances: Sequence[float] = ()
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class TokenTree:
         depths: Sequence[int] | None = None,
         embeddings: torch.Tensor | None = None,
         visible: np.ndarray | None = None,
+        chances: Sequence[float] = (),
     ) -> "TokenTree":
         """A checked tree with defaults: every row a candidate, at the position of its depth.
 
@@ -91,6 +94,7 @@ class TokenTree:
             depths=tree_depths(tuple(parents)) if depths is None else depths,
             embeddings=embeddings,
             visible=visible,
+            chances=chances,
         )
         tree._check()
         return tree

@@ -1,0 +1,149 @@
+"""Lookahead decoding (Fu et al. 2024): Jacobi iterations in a window make n-grams, a pool keeps them, the model checks.
+
+The window has N - 1 levels of W columns; column i of level l stands l + i positions behind the root. It is a tree:
+level 0 is a chain below the root, and from its row i hangs column i through the levels. Each step the last level's
+choices complete W n-grams, and every level moves up by one. Drafted are the n-grams of the pool that begin with the
+root's token, merged into a trie, from the first step on.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+
+import torch
+
+from workers.decoding.interface import Budget, DraftThread, Method, Outcome
+from workers.decoding.trie import ROOT, Trie
+from workers.model.sampling import most_probable
+from workers.model.tree import EMPTY_TREE, Needs, TokenTree
+
+WINDOW, LEVEL, GUESSES = 7, 5, 7
+
+
+class Pool:
+    """n-grams by their first token, the ``per_key`` latest of each, of the ``keys`` latest first tokens."""
+
+    def __init__(self, per_key: int, keys: int = 1 << 16) -> None:
+        self._per_key = per_key
+        self._keys = keys
+        self._grams: OrderedDict[int, OrderedDict[tuple[int, ...], None]] = OrderedDict()
+
+    def add(self, first: int, rest: tuple[int, ...]) -> None:
+        """Keep an n-gram, as the latest of its first token."""
+        grams = self._grams.setdefault(first, OrderedDict())
+        self._grams.move_to_end(first)
+        grams[rest] = None
+        grams.move_to_end(rest)
+        if len(grams) > self._per_key:
+            grams.popitem(last=False)
+        if len(self._grams) > self._keys:
+            self._grams.popitem(last=False)
+
+    def following(self, first: int) -> Iterable[tuple[int, ...]]:
+        """What may follow ``first``, latest first."""
+        return reversed(self._grams.get(first, OrderedDict()))
+
+
+@dataclass
+class Window:
+    """The levels of one thread's window; while it is filled, fewer than N - 1 and longer ones.
+
+    Attributes:
+        levels: level 0 lacks the first column, which is the root.
+        height: N - 1.
+        pool: of the thread's n-grams.
+        root: the token at the head of the running step's window; None if the step runs without one.
+        read: tokens of the thread that are in the pool.
+    """
+
+    levels: list[list[int]]
+    height: int
+    pool: Pool
+    root: int | None = None
+    read: int = 0
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.levels))
+
+    @property
+    def reach(self) -> int:
+        """Positions behind the root up to the last row's."""
+        return len(self.levels[0]) + len(self.levels) - 1
+
+    def tree(self) -> TokenTree:
+        """The window's rows: level 0's chain, then level after level."""
+        first, *others = self.levels
+        parents = list(range(-1, len(first) - 1))
+        above = [ROOT, *range(len(first))]
+        token_ids = list(first)
+        for level in others:
+            parents += above[: len(level)]
+            above = list(range(len(token_ids), len(token_ids) + len(level)))
+            token_ids += level
+        last = len(self.levels[-1])
+        needs = [Needs.NOTHING] * (len(token_ids) - last) + [Needs.LOGITS] * last
+        return TokenTree.of(token_ids, parents, candidate=[False] * len(token_ids), needs=needs)
+
+    def advance(self, new: list[int]) -> None:
+        """Take in the model's choices behind the last level's rows."""
+        if len(self.levels) < self.height:
+            self.levels = [level[1:] for level in self.levels] + [new[1:] if len(self.levels) > 1 else new]
+            return
+        first, *others = self.levels
+        for column, head in enumerate([self.root or 0, *first]):
+            self.pool.add(head, (*(level[column] for level in others), new[column]))
+        self.levels = [others[0][1:], *others[1:], new]
+
+    def read_path(self, token_ids: Sequence[int]) -> None:
+        """Put the n-grams of a thread's own text into the pool, from where the last call stopped."""
+        for end in range(max(self.height, self.read), len(token_ids)):
+            self.pool.add(token_ids[end - self.height], tuple(token_ids[end - self.height + 1 : end + 1]))
+        self.read = len(token_ids)
+
+
+class Lookahead(Method):
+    """Lookahead with W, N and G from the request, else those that are published for small models."""
+
+    name = "lookahead"
+
+    def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
+        return [self._tree(thread, budget.rows) for thread in threads]
+
+    def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
+        windows: list[Window] = [thread.state["lookahead"] for thread in threads]
+        ran = [
+            (window, outcome.logits[1 : 1 + len(window.levels[-1])])
+            for window, outcome in zip(windows, outcomes, strict=True)
+            if window.root is not None and len(outcome.tree) >= window.rows  # the engine may have dropped the draft
+        ]
+        if not ran:
+            return
+        new = iter(most_probable(torch.cat([logits for _, logits in ran])))
+        for window, logits in ran:
+            window.advance(list(islice(new, len(logits))))
+
+    def _tree(self, thread: DraftThread, rows: int) -> TokenTree:
+        window: Window = thread.state.get("lookahead") or _new_window(thread)
+        thread.state["lookahead"] = window
+        if thread.draft.pool_from_prompt is not False:
+            window.read_path(thread.token_ids)
+        # A window that reaches beyond the end of the answer has nothing left to find, and maybe no positions.
+        runs = window.rows <= rows and window.reach < thread.remaining
+        window.root = thread.token_ids[-1] if runs else None
+        trie = Trie(window.tree() if runs else EMPTY_TREE)
+        chains = islice(window.pool.following(thread.token_ids[-1]), thread.draft.guesses or GUESSES)
+        trie.add_chains((chain[: thread.remaining] for chain in chains), rows)
+        return trie.tree()
+
+
+def _new_window(thread: DraftThread) -> Window:
+    """Level 0 of W + N - 3 tokens of the prompt, drawn by the request's seed and the thread's path."""
+    draft = thread.draft
+    width, level = draft.window or WINDOW, draft.level or LEVEL
+    random = Random(f"{thread.sampling.seed} {thread.path}")
+    prompt = thread.token_ids[: thread.prompt_length]
+    first = [random.choice(prompt) for _ in range(width + level - 3)]
+    return Window([first], level - 1, Pool(draft.guesses or GUESSES))
