@@ -1,21 +1,17 @@
 """Steps in tensors of fixed shape, as a GPU's graphs read them, with the Triton kernel interpreted on the CPU."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernel's module is imported
-pytest.importorskip("triton")
 
 from tests.support.families import FAMILIES
 from tests.support.tiny import tiny_checkpoint
 from workers.model.batch import Run
-from workers.model.graphs import BUCKETS, StepGraphs, bucket_of
 from workers.model.pages import PageTable
 from workers.model.runner import ModelRunner, StepOutput
 from workers.model.tree import Needs, TokenTree
+
+pytest.importorskip("triton")  # conftest.py has it interpret
+from workers.model.graphs import BUCKETS, StepGraphs, bucket_of
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
