@@ -7,6 +7,7 @@ weights once at the bandwidth of a large copy. At the end: how much of a step is
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -149,10 +150,11 @@ def outside(engine: Engine, streams: int) -> None:
     """Print what a step costs beside its forward pass: layout, sampling, verification, commit, text and events."""
     questions = [question.turns[0] for question in load_datasets(["vicuna_bench"])[0].questions[:streams]]
     ours(engine, questions, 8)
-    before = engine.counters.snapshot()
+    before = replace(engine.counters)
     ours(engine, questions, 64)
-    after = engine.counters.snapshot()
-    steps, step_s, forward_s = (after[name] - before[name] for name in ("steps", "step_s", "forward_s"))
+    after = engine.counters
+    steps = after.steps - before.steps
+    step_s, forward_s = after.step_s - before.step_s, after.forward_s - before.forward_s
     share = 1 - forward_s / step_s
     print(f"{streams} streams: {1000 * (step_s - forward_s) / steps:.2f} ms a step outside the forward ({share:.1%})")
 

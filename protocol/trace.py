@@ -60,7 +60,9 @@ class TraceSummary(Wire):
     steps: int
     tokens_per_step: float
     mean_acceptance_length: float
+    draft_acceptance_rate: float = 0.0  # accepted rows over drafted ones
     acceptance_histogram: list[int]  # index = accepted rows in a thread-step
+    acceptance_per_position: list[float] = []  # index i = share of thread-steps that accepted more than i rows
     ttft_ms: float | None = None
     tokens_per_s: float
     kv_peak_tokens: int
@@ -81,6 +83,7 @@ def summarise(
     """Fold steps into a summary. ``mean_acceptance_length`` = 1 + accepted / thread-steps (vLLM's definition)."""
     tokens = sum(len(thread.token_ids) for step in steps for thread in step.threads)
     accepted = [thread.accepted for step in steps for thread in step.threads]
+    drafted = sum(thread.drafted for step in steps for thread in step.threads)
     histogram = [0] * (max(accepted, default=0) + 1)
     for count in accepted:
         histogram[count] += 1
@@ -89,7 +92,9 @@ def summarise(
         steps=len(steps),
         tokens_per_step=tokens / len(steps) if steps else 0.0,
         mean_acceptance_length=1 + sum(accepted) / len(accepted) if accepted else 0.0,
+        draft_acceptance_rate=sum(accepted) / drafted if drafted else 0.0,
         acceptance_histogram=histogram,
+        acceptance_per_position=[sum(histogram[count:]) / len(accepted) for count in range(1, len(histogram))],
         ttft_ms=ttft_ms,
         tokens_per_s=1000 * tokens / elapsed_ms if elapsed_ms > 0 else 0.0,
         kv_peak_tokens=max((step.kv_tokens for step in steps), default=0),

@@ -13,6 +13,7 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
+from protocol.generation import DraftSettings
 from workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -48,12 +49,27 @@ def serve(
         bool, typer.Option("--compile/--no-compile", help="compile the decoder in the background (CPU)")
     ] = True,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="measure the latency curve at start")] = True,
+    tune: Annotated[bool, typer.Option("--tune/--no-tune", help="choose draft sizes by what they cost here")] = True,
+    draft_nodes: Annotated[int | None, typer.Option(help="candidate rows a step [default: tuned]")] = None,
+    lookahead_window: Annotated[int | None, typer.Option("--lookahead-window", "--WINDOW_SIZE", help="W")] = None,
+    lookahead_level: Annotated[int | None, typer.Option("--lookahead-level", "--LEVEL", help="N, at least 3")] = None,
+    lookahead_guesses: Annotated[int | None, typer.Option("--lookahead-guesses", "--GUESS_SET_SIZE", help="G")] = None,
+    pool_from_prompt: Annotated[
+        bool | None, typer.Option("--pool-from-prompt/--no-pool-from-prompt", help="n-grams of the text itself")
+    ] = None,
     register: Annotated[bool, typer.Option("--register/--no-register")] = True,
 ) -> None:
     """Serve one model on one device with one or several decoding methods."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     settings = _settings()
+    draft = _draft(
+        nodes=draft_nodes,
+        window=lookahead_window,
+        level=lookahead_level,
+        guesses=lookahead_guesses,
+        pool_from_prompt=pool_from_prompt,
+    )
     try:
         httpx.URL(controller_address)
     except httpx.InvalidURL as error:
@@ -83,6 +99,8 @@ def serve(
             max_requests=limit_worker_concurrency,
             max_queue=max_queue,
             conv_template=conv_template,
+            draft=draft,
+            tune=tune,
         )
     except ModelLoadError as error:
         _fail(str(error))
@@ -151,6 +169,14 @@ def _settings() -> WorkerSettings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
+def _draft(**sizes: int | None) -> DraftSettings:
+    try:
+        return DraftSettings(**sizes)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        _fail(f"draft {first['loc'][0]}: {first['msg']}")
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from protocol.errors import ErrorCode, RequestError
 from protocol.trace import ThreadStep, TraceHeader
 from workers.decoding.interface import Budget, Method, Outcome
+from workers.decoding.registry import BASELINE
 from workers.metrics import EngineCounters
 from workers.model.batch import Run, StepBatch
 from workers.model.pages import distinct_rows
@@ -21,6 +22,7 @@ from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 from workers.model.verification import ROOT, Walk, candidate_rows, path_tokens, walk
 from workers.request import Event, GenerationRequest, Request, Sink, Thread, TokenReport
 from workers.scheduler import Scheduler, Turn
+from workers.tuning import Tuner
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class EngineCore:
         """``describe`` makes a trace's header; ``on_close`` hears of every request that is gone, however it ended."""
         self.runner = runner
         self.scheduler = Scheduler(runner, max_requests=max_requests)
+        self.tuner = Tuner()
         self.counters = EngineCounters()
         self._tokenizer = tokenizer
         self._methods = methods
@@ -133,17 +136,27 @@ class EngineCore:
         """A tree for every turn that completes; empty where no page is free for what could be accepted."""
         trees = [EMPTY_TREE] * len(turns)
         completing = [index for index, turn in enumerate(turns) if turn.completes]
-        room = self.runner.step_rows - sum(turn.rows for turn in turns)
-        budget = room // max(1, len(completing))
+        budget = self._budget(turns, completing)
         for name, method in self._methods.items():
             mine = [index for index in completing if turns[index].thread.request.spec.method == name]
             if not mine:
                 continue
-            drafted = method.draft([turns[index].thread for index in mine], Budget(budget))
+            drafted = method.draft([turns[index].thread for index in mine], budget)
             for index, tree in zip(mine, drafted, strict=True):
                 if self.scheduler.reserve_draft(turns[index].thread, tree.max_accepted):
                     trees[index] = tree
         return trees
+
+    def _budget(self, turns: list[Turn], completing: list[int]) -> Budget:
+        fixed = sum(turn.rows for turn in turns)
+        drafting = [turns[index].thread for index in completing]
+        return self.tuner.budget(
+            (self.runner.step_rows - fixed) // max(1, len(completing)),
+            fixed=fixed,
+            emitting=len(completing),
+            drafting=sum(thread.request.spec.method != BASELINE for thread in drafting),
+            context=sum(len(thread.token_ids) for thread in drafting) / max(1, len(drafting)),
+        )
 
     def _run_of(self, turn: Turn, tree: TokenTree) -> Run:
         thread = turn.thread
@@ -190,7 +203,9 @@ class EngineCore:
         for name, pairs in observed.items():
             alive = [(thread, outcome) for thread, outcome in pairs if not thread.finished]
             if alive:
-                self._methods[name].observe([thread for thread, _ in alive], [outcome for _, outcome in alive])
+                threads, results = [thread for thread, _ in alive], [outcome for _, outcome in alive]
+                self._methods[name].observe(threads, results)
+                self.tuner.observe(threads, results)
 
     def _commit(self, step: Step) -> None:
         """Count the runs' rows, and move accepted tree rows to pages; the last emitted token has no row yet."""

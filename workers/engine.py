@@ -17,11 +17,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from protocol.errors import ErrorCode, RequestError
-from protocol.generation import GenerateParams
+from protocol.generation import DraftSettings, GenerateParams
 from protocol.trace import TraceHeader
 from protocol.wire import parse_object
 from workers.core import EngineCore
-from workers.decoding.registry import UnknownMethod, make_method
+from workers.decoding.registry import BASELINE, UnknownMethod, make_method
 from workers.metrics import EngineCounters, EngineStatus
 from workers.model.checkpoint import Checkpoint, ModelLoadError, first_line, load_checkpoint, stop_token_ids
 from workers.model.curve import LatencyCurve, latency_curve
@@ -30,7 +30,7 @@ from workers.model.pages import OutOfPages
 from workers.model.runner import ModelRunner
 from workers.prompts import PromptRenderer
 from workers.request import Event, Request, Sink
-from workers.resolve import Limits, resolve
+from workers.resolve import Limits, check_draft, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ Result = TypeVar("Result")
 
 DEFAULT_REQUESTS = 16
 DEFAULT_QUEUE = 256
-BASELINE = "vanilla"  # always allowed
 
 
 class Engine:
@@ -56,9 +55,13 @@ class Engine:
         max_requests: int = DEFAULT_REQUESTS,
         max_queue: int = DEFAULT_QUEUE,
         conv_template: str | None = None,
+        draft: DraftSettings | None = None,
+        tune: bool = True,
     ) -> None:
         """See :meth:`load`. ``load`` is called on the engine's thread."""
         self.methods = tuple(dict.fromkeys([*methods, BASELINE]))
+        self._draft = draft or DraftSettings()
+        self._tunes = tune
         self._max_requests = max_requests
         self._max_open = max_requests + max_queue
         self._open: set[int] = set()
@@ -99,7 +102,13 @@ class Engine:
         runner = _runner(checkpoint.model, kv_tokens)
         self.context_length = runner.context_length
         self.kv_tokens = runner.kv_tokens
-        self._limits = Limits(runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), self.methods)
+        self._limits = Limits(
+            runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), self.methods, self._draft
+        )
+        try:
+            check_draft(self._draft, runner.context_length)
+        except RequestError as error:
+            raise ModelLoadError(str(error)) from error
         self._core = EngineCore(
             runner,
             checkpoint.tokenizer,
@@ -129,7 +138,8 @@ class Engine:
             dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU and bfloat16 on a GPU.
             quantization: None, or ``int8`` for the weights of all products.
             options: ``kv_tokens`` (rows of KV; by default from free memory), ``max_requests`` (running at a time),
-                ``max_queue`` (waiting), ``conv_template`` (one of FastChat's).
+                ``max_queue`` (waiting), ``conv_template`` (one of FastChat's), ``draft`` (sizes that requests may
+                override), ``tune`` (False: no size is chosen by measured costs).
 
         Raises:
             ModelLoadError: the model cannot be served; one line.
@@ -251,6 +261,8 @@ class Engine:
             self.curve = latency_curve(lambda work: self.between_steps(work).result(), fresh=fresh)
         except OutOfPages as error:
             raise RequestError(ErrorCode.ENGINE_OVERLOADED, "no pages are free to measure with") from error
+        if self._tunes:
+            self._core.tuner.curve = self.curve
         return self.curve
 
     @property

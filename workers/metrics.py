@@ -1,6 +1,6 @@
 """What the engine counts, and its Prometheus face."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -19,8 +19,10 @@ class EngineCounters:
     step_s: float = 0.0
     forward_s: float = 0.0
     generated_tokens: int = 0
+    thread_steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # index i: thread-steps that accepted more than i rows
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
@@ -31,16 +33,16 @@ class EngineCounters:
         self.rows += rows
         self.forward_s += forward_ms / 1000
 
-    def snapshot(self) -> dict[str, float]:
-        """The totals now."""
-        return asdict(self)
-
     def tokens(self, trace: StepTrace) -> None:
         """Count what a step did to one request."""
         for thread in trace.threads:
             self.generated_tokens += len(thread.token_ids)
+            self.thread_steps += 1
             self.drafted += thread.drafted
             self.accepted += thread.accepted
+            self.accepted_at += [0] * (thread.accepted - len(self.accepted_at))
+            for position in range(thread.accepted):
+                self.accepted_at[position] += 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class EngineCollector(Collector):
             "forward_seconds": (counters.forward_s, "Time spent in them"),
             "step_seconds": (counters.step_s, "Time spent in steps: drafts, forward passes, verification, events"),
             "generated_tokens": (counters.generated_tokens, "Tokens that the model chose"),
+            "thread_steps": (counters.thread_steps, "Verified drafts: one a generation thread and step"),
             "drafted_tokens": (counters.drafted, "Candidate rows offered"),
             "accepted_tokens": (counters.accepted, "Candidate rows accepted"),
             "requests_finished": (counters.finished, "Requests that ended by themselves"),
@@ -90,7 +93,15 @@ class EngineCollector(Collector):
             "requests_failed": (counters.failed, "Requests that ended with an error"),
             "preemptions": (status.preemptions, "Threads that lost their pages for a while"),
         }
+        positions = CounterMetricFamily(
+            "polydecode_accepted_tokens_per_position",
+            "Candidate rows accepted, by position in the draft",
+            labels=["position"],
+        )
+        for position, count in enumerate(list(counters.accepted_at)):
+            positions.add_metric([str(position)], count)
         return [
+            positions,
             *(GaugeMetricFamily(f"polydecode_{name}", text, value=value) for name, (value, text) in gauges.items()),
             *(CounterMetricFamily(f"polydecode_{name}", text, value=value) for name, (value, text) in totals.items()),
         ]

@@ -1,7 +1,7 @@
 """What a decoding method is: it drafts a token tree for each of its threads, and learns from what became of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,18 +12,29 @@ from workers.model.sampling import Sampling
 from workers.model.tree import Needs, TokenTree
 
 
-@dataclass(frozen=True)
 class Budget:
-    """What drafts may cost in a step.
+    """What drafts may cost in a step. This one knows no prices; the tuner's does.
 
     Attributes:
         rows: most rows of one thread's tree.
-        worth: how many of some candidates are worth their rows, from the probabilities of their acceptance in falling
-            order.
     """
 
-    rows: int
-    worth: Callable[[Sequence[float]], int] = len
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def worth(self, thread: "DraftThread", chances: Sequence[float], *, beside: int = 0) -> int:
+        """How many of some candidates are worth their rows, ``beside`` that many rows that the tree has anyway.
+
+        Args:
+            thread: whose tree it is.
+            chances: probabilities of acceptance as the method estimates them, in falling order.
+            beside: further rows of the tree.
+        """
+        return len(chances)
+
+    def pays(self, rows: int, gain: float) -> bool:
+        """Whether rows that bring ``gain`` tokens a step in the long run are worth it."""
+        return True
 
 
 class DraftThread(Protocol):

@@ -20,6 +20,7 @@ from workers.model.sampling import most_probable
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 
 WINDOW, LEVEL, GUESSES = 7, 5, 7
+WINDOW_GAIN = 0.3  # tokens a step that a window of this size adds in the long run to what the text itself offers
 
 
 class Pool:
@@ -110,7 +111,7 @@ class Lookahead(Method):
     name = "lookahead"
 
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
-        return [self._tree(thread, budget.rows) for thread in threads]
+        return [self._tree(thread, budget) for thread in threads]
 
     def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
         windows: list[Window] = [thread.state["lookahead"] for thread in threads]
@@ -125,18 +126,25 @@ class Lookahead(Method):
         for window, logits in ran:
             window.advance(list(islice(new, len(logits))))
 
-    def _tree(self, thread: DraftThread, rows: int) -> TokenTree:
+    def _tree(self, thread: DraftThread, budget: Budget) -> TokenTree:
         window: Window = thread.state.get("lookahead") or _new_window(thread)
         thread.state["lookahead"] = window
         if thread.draft.pool_from_prompt is not False:
             window.read_path(thread.token_ids)
-        # A window that reaches beyond the end of the answer has nothing left to find, and maybe no positions.
-        runs = window.rows <= rows and window.reach < thread.remaining
+        runs = _runs(window, thread, budget)
         window.root = thread.token_ids[-1] if runs else None
-        trie = Trie(window.tree() if runs else EMPTY_TREE)
+        tree = window.tree() if runs else EMPTY_TREE
         chains = islice(window.pool.following(thread.token_ids[-1]), thread.draft.guesses or GUESSES)
-        trie.add_chains((chain[: thread.remaining] for chain in chains), rows)
+        trie = Trie(tree)
+        trie.add_chains((chain[: thread.remaining] for chain in chains), budget.rows)
         return trie.tree()
+
+
+def _runs(window: Window, thread: DraftThread, budget: Budget) -> bool:
+    """Whether the window takes part in a step: not beyond the answer's end, where there is nothing left to find."""
+    fits = window.rows <= budget.rows and window.reach < thread.remaining
+    wanted = thread.draft.window or thread.draft.level
+    return fits and bool(wanted or budget.pays(window.rows, WINDOW_GAIN))
 
 
 def _new_window(thread: DraftThread) -> Window:

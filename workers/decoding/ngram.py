@@ -84,7 +84,9 @@ def add_ngrams(tree: TokenTree, thread: DraftThread, budget: Budget) -> TokenTre
     """``tree`` and the nodes by n-grams that it lacks, as many as the request asks for or as are worth their rows."""
     most = min(thread.draft.nodes or MOST_NODES, budget.rows - len(tree))
     nodes = list(islice(candidates(thread), max(0, most)))
-    kept = len(nodes) if thread.draft.nodes else budget.worth([chance for _, _, chance in nodes])
+    kept = (
+        len(nodes) if thread.draft.nodes else budget.worth(thread, [chance for _, _, chance in nodes], beside=len(tree))
+    )
     trie = Trie(tree)
     rows: list[int] = []
     for parent, token, chance in nodes[:kept]:

@@ -10,6 +10,7 @@ METHODS: dict[str, type[Method]] = {
     "ngram": Ngram,
     "lookahead": Lookahead,
 }
+BASELINE = "vanilla"  # always served
 NGRAM_SUFFIX = "+ngram"
 
 

@@ -1,0 +1,69 @@
+"""Sizes by expected tokens over expected time."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from workers.model.curve import LatencyCurve
+from workers.model.tree import TokenTree
+from workers.tuning import Tuner, trust
+
+FLAT = LatencyCurve("device", "float32", (100,), (1, 64), ((10.0, 10.5),))
+STEEP = LatencyCurve("device", "float32", (100,), (1, 2), ((10.0, 20.0),))
+SLOPED = LatencyCurve("device", "float32", (100,), (1, 11), ((10.0, 20.0),))  # one millisecond a row
+
+
+def thread() -> Any:
+    return SimpleNamespace(state={})
+
+
+def tuned(curve: LatencyCurve | None, *, threads: int = 1, rows: int = 16) -> Any:
+    tuner = Tuner()
+    tuner.curve = curve
+    return tuner.budget(rows, fixed=threads, emitting=threads, drafting=threads, context=100)
+
+
+def outcome(expected: float, accepted: int) -> Any:
+    tree = TokenTree.of([1], [-1], chances=[expected])
+    return SimpleNamespace(tree=tree, rows=[0] * accepted)
+
+
+@pytest.mark.parametrize(
+    ("curve", "chances", "worth"),
+    [
+        (None, [0.1] * 9, 9),  # without a curve there are no prices
+        (FLAT, [0.3, 0.2, 0.1, 0.01], 4),
+        (STEEP, [0.9, 0.8, 0.7], 0),
+        (SLOPED, [0.5, 0.3, 0.05], 2),  # 1/10, 1.5/11, 1.8/12, 1.85/13
+        (SLOPED, [0.05], 0),
+        (SLOPED, [], 0),
+    ],
+)
+def test_as_many_candidates_as_pay(curve: LatencyCurve | None, chances: list[float], worth: int) -> None:
+    assert tuned(curve).worth(thread(), chances) == worth
+
+
+def test_the_batch_is_in_view() -> None:
+    """Where rows cost more the more there are, eight threads draft less than one."""
+    curve = LatencyCurve("device", "float32", (100,), (1, 16, 64), ((10.0, 10.5, 60.0),))
+    chances = [0.3, 0.2, 0.15, 0.1, 0.1, 0.1]
+    assert tuned(curve).worth(thread(), chances) == 6
+    assert tuned(curve, threads=8).worth(thread(), chances) <= 2
+
+
+def test_disappointment_makes_drafts_smaller_and_wears_off() -> None:
+    tuner, own = Tuner(), thread()
+    for _ in range(30):
+        tuner.observe([own], [outcome(0.5, 0)])
+    assert trust(own) < 0.2
+    assert tuned(SLOPED).worth(own, [0.5, 0.3]) == 0
+    nothing = SimpleNamespace(tree=TokenTree.of([], []), rows=[])
+    for _ in range(400):
+        tuner.observe([own], [nothing])
+    assert trust(own) > 0.9
+
+
+def test_a_window_pays_only_where_rows_are_cheap() -> None:
+    assert tuned(FLAT).pays(30, 0.3)
+    assert not tuned(SLOPED).pays(30, 0.3)

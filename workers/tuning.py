@@ -1,0 +1,85 @@
+"""Which draft sizes pay here: expected tokens over expected time, by the latency curve and live acceptance."""
+
+from collections.abc import Sequence
+
+from workers.decoding.interface import Budget, DraftThread, Outcome
+from workers.model.curve import LatencyCurve
+
+MEMORY = 20.0  # expected acceptances after which the past counts half
+RECOVERY = 0.98  # a step without a draft
+PRIOR = 1.0  # acceptances that a method's own estimate is worth
+
+
+class Tuner:
+    """Turns a method's estimates into sizes. Until a curve is known, every candidate counts as worth its row.
+
+    Attributes:
+        curve: what a forward pass costs; None until it is measured, and with tuning off.
+    """
+
+    def __init__(self) -> None:
+        self.curve: LatencyCurve | None = None
+
+    def budget(self, rows: int, *, fixed: int, emitting: int, drafting: int, context: float) -> Budget:
+        """Sizes for a step.
+
+        Args:
+            rows: most rows of one thread's tree.
+            fixed: rows of the step without drafts.
+            emitting: threads that will emit at least one token.
+            drafting: those of them that draft; each is taken to draft as much as the one that asks.
+            context: mean rows of KV behind a thread.
+        """
+        if self.curve is None:
+            return Budget(rows)
+        return _Tuned(rows, self.curve, fixed, emitting, drafting, context)
+
+    def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
+        """Learn how a thread's estimates compare with what was accepted."""
+        for thread, outcome in zip(threads, outcomes, strict=True):
+            seen: list[float] = thread.state.setdefault("tuning", [0.0, 0.0])
+            if outcome.tree.chances:
+                seen[0] += sum(outcome.tree.chances)
+                seen[1] += len(outcome.rows)
+            if seen[0] > MEMORY:
+                seen[:] = [value / 2 for value in seen]
+            elif not outcome.tree.chances:  # what was disappointed tries again some day
+                seen[:] = [value * RECOVERY for value in seen]
+
+
+def trust(thread: DraftThread) -> float:
+    """Accepted over expected rows of a thread so far."""
+    expected, accepted = thread.state.get("tuning", (0.0, 0.0))
+    return (accepted + PRIOR) / (expected + PRIOR)
+
+
+class _Tuned(Budget):
+    """A budget with a price."""
+
+    def __init__(
+        self, rows: int, curve: LatencyCurve, fixed: int, emitting: int, drafting: int, context: float
+    ) -> None:
+        super().__init__(rows)
+        self._curve = curve
+        self._fixed = fixed
+        self._emitting = emitting
+        self._drafting = drafting
+        self._context = context
+
+    def worth(self, thread: DraftThread, chances: Sequence[float], *, beside: int = 0) -> int:
+        scale = min(1.0 / max(chances, default=1.0), trust(thread))
+        gain, best, best_rate = 0.0, 0, self._rate(beside, 0.0)
+        for count, chance in enumerate(chances[: self.rows], 1):
+            gain += scale * chance
+            rate = self._rate(beside + count, gain)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
+
+    def pays(self, rows: int, gain: float) -> bool:
+        return self._rate(rows, gain) > self._rate(0, 0.0)
+
+    def _rate(self, rows: int, gain: float) -> float:
+        """Tokens a millisecond if every drafting thread adds so many rows and gains so many tokens."""
+        tokens = self._emitting + self._drafting * gain
+        return tokens / self._curve.at(self._fixed + self._drafting * rows, self._context)
