@@ -5,7 +5,7 @@ on, while a candidate child holds the chosen token, that child is accepted; the 
 next token. Every emitted token is thus exactly what ordinary decoding would have chosen at its place.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from workers.model.tree import TokenTree
@@ -24,7 +24,7 @@ class Walk:
     token_ids: list[int]
 
 
-def walk(tree: TokenTree, choices: dict[int, int], *, limit: int, terminal: Collection[int]) -> Walk:
+def walk(tree: TokenTree, choices: Mapping[int, int], *, limit: int, terminal: Collection[int]) -> Walk:
     """Follow the model's choices through a tree.
 
     Args:
