@@ -17,6 +17,7 @@ from tests.support.serving import wait_until
 ENVIRONMENT = {
     **os.environ,
     "FASTCHAT_WORKER_HEART_BEAT_INTERVAL": "1",  # FastChat reads whole seconds
+    "POLYDECODE_DRAIN_SECONDS": "300",  # on a slow machine an answer of a thousand tokens takes its time
     "HF_HUB_OFFLINE": "1",
     "LOGDIR": "",
     "OMP_NUM_THREADS": "1",
