@@ -9,7 +9,7 @@ from protocol.trace import TraceHeader
 from tests.support.oracle import assert_same_answer, greedy
 from tests.support.tiny import tiny_checkpoint
 from workers.core import EngineCore
-from workers.decoding.interface import DraftThread, Method, Outcome
+from workers.decoding.interface import Budget, DraftThread, Method, Outcome
 from workers.decoding.vanilla import Vanilla
 from workers.model.pages import PAGE_ROWS
 from workers.model.runner import ModelRunner
@@ -31,8 +31,8 @@ class Guesser(Method):
         self.random = random.Random(0)
         self.accepted = 0
 
-    def draft(self, threads: Sequence[DraftThread], budget: int) -> list[TokenTree]:
-        return [self._tree(thread, min(budget, 9)) for thread in threads]
+    def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
+        return [self._tree(thread, min(budget.rows, 9)) for thread in threads]
 
     def _tree(self, thread: DraftThread, size: int) -> TokenTree:
         prompt = tuple(thread.token_ids[: thread.prompt_length])
