@@ -16,11 +16,15 @@ from workers.engine import Engine
 
 TOGETHER = 8
 
+Key = tuple[str, int, str, int | str, int]  # model, new tokens, data set, question, turn
+
 
 @dataclass(frozen=True)
 class Answer:
     """One turn: the conversation up to it, token ids of the rendered prompt and of the greedy answer, and its text."""
 
+    model: str
+    new_tokens: int
     dataset: str
     category: str
     question_id: int | str
@@ -31,8 +35,8 @@ class Answer:
     text: str
 
     @property
-    def key(self) -> tuple[str, int | str, int]:
-        return self.dataset, self.question_id, self.turn
+    def key(self) -> Key:
+        return self.model, self.new_tokens, self.dataset, self.question_id, self.turn
 
 
 class AnswerFile:
@@ -65,7 +69,7 @@ def _turns(engine: Engine, dataset: str, question: Question, new_tokens: int, fi
     messages: list[dict[str, str]] = []
     for turn, text in enumerate(question.turns):
         messages.append({"role": "user", "content": text})
-        known = file.found.get((dataset, question.question_id, turn))
+        known = file.found.get((engine.name, new_tokens, dataset, question.question_id, turn))
         if known is None:
             known = _decode(engine, dataset, question, turn, messages, new_tokens)
             file.add(known)
@@ -83,4 +87,15 @@ def _decode(
         if event.step:
             tokens += event.step.threads[0].token_ids
     prompt = engine.renderer.render([ChatMessage.model_validate(message) for message in messages]).token_ids
-    return Answer(dataset, question.category, question.question_id, turn, list(messages), prompt, tokens, text)
+    return Answer(
+        model=engine.name,
+        new_tokens=new_tokens,
+        dataset=dataset,
+        category=question.category,
+        question_id=question.question_id,
+        turn=turn,
+        messages=list(messages),
+        prompt=prompt,
+        answer=tokens,
+        text=text,
+    )

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.answers import Answer, vanilla_answers
+from benchmarks.answers import Answer, Key, vanilla_answers
 from protocol.generation import DraftSettings
 from traces.datasets import load_datasets
 from workers.decoding.interface import Budget, Method
@@ -101,7 +101,7 @@ def main(
             print(f"decoded {answer.key}: {same}, replayed {len(steps[answer.key])}")
 
 
-def report(known: list[Answer], steps: dict[tuple[str, int | str, int], list[int]]) -> None:
+def report(known: list[Answer], steps: dict[Key, list[int]]) -> None:
     """The table."""
     groups: dict[tuple[str, str], list[list[int]]] = {}
     for answer in known:

@@ -6,12 +6,12 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import httpx
 import typer
 import uvicorn
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from protocol.generation import DraftSettings
 from workers.settings import WorkerSettings
@@ -19,6 +19,8 @@ from workers.settings import WorkerSettings
 if TYPE_CHECKING:
     from workers.registration import Registration
     from workers.service import Worker
+
+Model = TypeVar("Model", bound=BaseModel)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 logger = logging.getLogger("polydecode")
@@ -62,8 +64,10 @@ def serve(
     """Serve one model on one device with one or several decoding methods."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    settings = _settings()
-    draft = _draft(
+    settings = _validated(WorkerSettings)
+    draft = _validated(
+        DraftSettings,
+        "draft ",
         nodes=draft_nodes,
         window=lookahead_window,
         level=lookahead_level,
@@ -163,20 +167,13 @@ class _DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _settings() -> WorkerSettings:
+def _validated(kind: type[Model], label: str = "", **values: Any) -> Model:
+    """A pydantic object, or one line that says which value is wrong."""
     try:
-        return WorkerSettings()
+        return kind(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        _fail(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
-
-
-def _draft(**sizes: int | None) -> DraftSettings:
-    try:
-        return DraftSettings(**sizes)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        _fail(f"draft {first['loc'][0]}: {first['msg']}")
+        _fail(f"{label}{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:

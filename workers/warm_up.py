@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from time import perf_counter
 
+from protocol.errors import RequestError
 from workers.engine import Engine
 from workers.model import compiled
 
@@ -67,8 +68,12 @@ class WarmUp:
                 logger.warning("the engine is not warm: %s", error)
 
     def _measure(self) -> None:
-        if self._measures and not self._closing.is_set():
+        if not self._measures or self._closing.is_set():
+            return
+        try:
             logger.info("latency curve\n%s", self._engine.measure())
+        except RequestError as error:  # busy or shutting down: no reason not to compile
+            logger.warning("no latency curve: %s", error)
 
     def _compile(self, artifact: Path) -> None:
         if self._closing.is_set():

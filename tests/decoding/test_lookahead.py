@@ -3,8 +3,9 @@
 import pytest
 
 from workers.decoding.lookahead import Pool, Window
-from workers.decoding.trie import ROOT, Trie
+from workers.decoding.trie import Trie
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
+from workers.model.verification import ROOT
 
 
 def filled(width: int, level: int) -> tuple[Window, list[list[int]]]:

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.decoding.test_methods import answers
+from tests.decoding.test_methods import TEXTS, answers
 from tests.support.tiny import tiny_engine
 from workers import core
 from workers.decoding.ngram import Ngram
 from workers.model.tree import TokenTree
 from workers.model.verification import ROOT, Walk
-
-TEXTS = ["abcabcabcab", "hello hello world hello", "z", "the cat and the dog and the cat and the"]
 
 
 def greedy_for_length(tree: TokenTree, choices: Mapping[int, int], *, limit: int, terminal: Any) -> Walk:

@@ -6,26 +6,18 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.replay import ReplayedThread
 from protocol.generation import DraftSettings
 from workers.decoding.interface import Budget
 from workers.decoding.ngram import LONGEST, Ngram, NgramTable, candidates
-from workers.decoding.trie import ROOT
-from workers.model.sampling import Sampling
+from workers.model.verification import ROOT
 
 texts = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 
 
-class Path:
+def path(token_ids: list[int], **draft: Any) -> ReplayedThread:
     """A thread as a method sees it."""
-
-    def __init__(self, token_ids: list[int], **draft: Any) -> None:
-        self.token_ids = token_ids
-        self.prompt_length = len(token_ids)
-        self.path = ()
-        self.sampling = Sampling()
-        self.remaining = 100
-        self.draft = DraftSettings(**draft)
-        self.state: dict[str, Any] = {}
+    return ReplayedThread(token_ids, len(token_ids), 100, DraftSettings(**draft))
 
 
 class Dear(Budget):
@@ -57,7 +49,7 @@ def test_guesses_followed_the_last_token_before(text: list[int]) -> None:
 
 @given(texts)
 def test_nodes_come_by_falling_probability_and_after_their_parents(text: list[int]) -> None:
-    nodes = [node for node, _ in zip(candidates(Path(text)), range(30), strict=False)]
+    nodes = [node for node, _ in zip(candidates(path(text)), range(30), strict=False)]
     chances = [chance for _, _, chance in nodes]
     assert chances == sorted(chances, reverse=True)
     assert all(ROOT <= parent < index for index, (parent, _, _) in enumerate(nodes))
@@ -66,13 +58,13 @@ def test_nodes_come_by_falling_probability_and_after_their_parents(text: list[in
 
 def test_the_longest_match_comes_first() -> None:
     """After "2 3" stood 4, after another "3" stood 5, later."""
-    tree = Ngram().draft([Path([1, 2, 3, 4, 9, 3, 5, 2, 3], nodes=2)], Budget(8))[0]
+    tree = Ngram().draft([path([1, 2, 3, 4, 9, 3, 5, 2, 3], nodes=2)], Budget(8))[0]
     assert tree.token_ids[0] == 4
 
 
 def test_the_budget_limits_rows_and_worth_decides() -> None:
-    path = Path([1, 2, 1, 2, 1, 2, 1])
-    assert len(Ngram().draft([path], Budget(3))[0]) == 3
-    assert len(Ngram().draft([path], Dear(8))[0]) == 0
-    path.draft = DraftSettings(nodes=5)
-    assert len(Ngram().draft([path], Dear(8))[0]) == 5
+    thread = path([1, 2, 1, 2, 1, 2, 1])
+    assert len(Ngram().draft([thread], Budget(3))[0]) == 3
+    assert len(Ngram().draft([thread], Dear(8))[0]) == 0
+    thread.draft = DraftSettings(nodes=5)
+    assert len(Ngram().draft([thread], Dear(8))[0]) == 5

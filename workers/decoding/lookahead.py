@@ -15,9 +15,10 @@ from random import Random
 import torch
 
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
-from workers.decoding.trie import ROOT, Trie
+from workers.decoding.trie import Trie
 from workers.model.sampling import most_probable
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
+from workers.model.verification import ROOT
 
 WINDOW, LEVEL, GUESSES = 7, 5, 7
 WINDOW_GAIN = 0.3  # tokens a step that a window of this size adds in the long run to what the text itself offers
@@ -93,8 +94,9 @@ class Window:
         if len(self.levels) < self.height:
             self.levels = [level[1:] for level in self.levels] + [new[1:] if len(self.levels) > 1 else new]
             return
+        assert self.root is not None, "a step without a window has nothing to tell it"
         first, *others = self.levels
-        for column, head in enumerate([self.root or 0, *first]):
+        for column, head in enumerate([self.root, *first]):
             self.pool.add(head, (*(level[column] for level in others), new[column]))
         self.levels = [others[0][1:], *others[1:], new]
 

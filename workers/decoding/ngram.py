@@ -10,8 +10,9 @@ from heapq import heappop, heappush
 from itertools import count, islice
 
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
-from workers.decoding.trie import ROOT, Trie
+from workers.decoding.trie import Trie
 from workers.model.tree import EMPTY_TREE, TokenTree
+from workers.model.verification import ROOT
 
 LONGEST = 5  # tokens of a suffix
 # How often a guess was right by the length of the suffix that it came from, 1 to LONGEST, if it was the only one.

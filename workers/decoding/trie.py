@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
-
-ROOT = -1
+from workers.model.verification import ROOT
 
 
 class Trie:

@@ -26,6 +26,7 @@ from workers.model.attention import in_narrow_step
 from workers.model.checkpoint import cache_folder, load_checkpoint
 from workers.model.kernels import NARROW_ROWS
 from workers.model.runner import ModelRunner
+from workers.model.stock import placeholder_mask
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ class _Decoder(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """float[1, T, hidden] and int64[1, T] → float[1, T, hidden]."""
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # a placeholder, see ModelRunner
-        out = self.decoder(inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False)
+        out = self.decoder(
+            inputs_embeds=embeddings, position_ids=positions, attention_mask=placeholder_mask(), use_cache=False
+        )
         return out.last_hidden_state
 
 

@@ -87,15 +87,17 @@ def latency_curve(lend: Lend, *, fresh: bool = False) -> LatencyCurve:
 def measure(lend: Lend, *, rows: Sequence[int] = ROWS, rounds: int = ROUNDS) -> LatencyCurve:
     """Medians of ``rounds`` passes of every size in turn. Raises OutOfPages."""
     contexts = lend(_contexts)
-    tables = lend(lambda runner: [stored_thread(runner, context) for context in contexts])
+    tables: list[PageTable] = []
     try:
-        sizes = [(context, count) for context in range(len(contexts)) for count in rows]
+        for context in contexts:
+            tables.append(lend(partial(stored_thread, context=context)))
+        sizes = [(index, count) for index in range(len(contexts)) for count in rows]
         for _, count in sizes[: len(rows)]:  # the first of its size may compile or capture
             lend(partial(timed_pass, tables[0], count))
         taken: dict[tuple[int, int], list[float]] = {size: [] for size in sizes}
         for _ in range(rounds):
-            for context, count in sizes:
-                taken[context, count].append(lend(partial(timed_pass, tables[context], count)))
+            for index, count in sizes:
+                taken[index, count].append(lend(partial(timed_pass, tables[index], count)))
     finally:
         lend(partial(_release, tables))
     ms = tuple(tuple(statistics.median(taken[index, count]) for count in rows) for index in range(len(contexts)))

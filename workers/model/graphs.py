@@ -19,6 +19,7 @@ from workers.model.batch import StepBatch
 from workers.model.kernels.gpu import StepTables
 from workers.model.kv import KVStore
 from workers.model.pages import pages_for
+from workers.model.stock import last_hidden_states, placeholder_mask
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class StepGraphs:
         self._store = store
         self._context = context
         self._captured: dict[tuple[int, bool], Captured] = {}
-        self._mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+        self._mask = placeholder_mask(model.device)
         self.failed = False
 
     def takes(self, batch: StepBatch) -> bool:
@@ -156,18 +157,13 @@ class StepGraphs:
         if embedded:
             own = self._model.get_input_embeddings()(step.token_ids)
             inputs = {"inputs_embeds": torch.where(step.embedded[:, None] != 0, step.embeddings, own)[None]}
-        hidden: list[torch.Tensor] = []
-        decoder = self._model.get_decoder()
-        hook = decoder.register_forward_hook(lambda module, args, out: hidden.append(out.last_hidden_state[0]))
-        try:
-            with step_attention(StepContext(self._store, step.slots.long(), [], step.tables)):
-                out = self._model(
-                    **inputs,
-                    attention_mask=self._mask,
-                    position_ids=step.tables.positions[None].long(),
-                    use_cache=False,
-                    return_dict=True,
-                )
-        finally:
-            hook.remove()
+        context = StepContext(self._store, step.slots.long(), [], step.tables)
+        with step_attention(context), last_hidden_states(self._model) as hidden:
+            out = self._model(
+                **inputs,
+                attention_mask=self._mask,
+                position_ids=step.tables.positions[None].long(),
+                use_cache=False,
+                return_dict=True,
+            )
         return out.logits[0], hidden[0]

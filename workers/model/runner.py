@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from workers.model.kv import KVStore, LayerShape
 from workers.model.pages import PAGE_ROWS, PagePool, PageTable, pages_for
 from workers.model.plan import plan_attention
 from workers.model.quantization import Int8Linear
+from workers.model.stock import last_hidden_states, placeholder_mask
 from workers.model.tree import Needs, TokenTree
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ class ModelRunner:
         self.step_rows = step_rows
         self.context_length = _context_length(model)
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
-        # Masks of four dimensions are taken as they are: none is built, and ours is not looked at.
-        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        self._no_mask = placeholder_mask(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.kernels = load_kernels() if (self.device.type, model.dtype) == ("cpu", torch.float32) else None
         self.narrow_rows = NARROW_ROWS if self.kernels else 0
@@ -144,11 +144,14 @@ class ModelRunner:
         if self.graphs and self.graphs.takes(batch) and (found := self.graphs.run(batch)):
             watch.stop()
             return StepOutput(found[0], found[1] if batch.hidden_rows else None, watch)
-        hidden: list[torch.Tensor] = []
-        with attention.step_attention(self._context(batch)), self._hidden_rows(batch, hidden):
+        collect: AbstractContextManager[list[torch.Tensor]] = (
+            last_hidden_states(self.model) if batch.hidden_rows else nullcontext([])
+        )
+        with attention.step_attention(self._context(batch)), collect as states:
             logits = self._logits(batch)
+        hidden = states[0][batch.hidden_rows] if states else None
         watch.stop()
-        return StepOutput(logits, hidden[0] if hidden else None, watch)
+        return StepOutput(logits, hidden, watch)
 
     def _context(self, batch: StepBatch) -> attention.StepContext:
         plan = plan_attention(batch) if len(batch) <= self.narrow_rows else None
@@ -205,19 +208,6 @@ class ModelRunner:
         embeddings = self.model.get_input_embeddings()(batch.token_ids)
         embeddings[batch.embedded_rows] = batch.embeddings.to(embeddings.dtype)
         return {"inputs_embeds": embeddings[None]}
-
-    @contextmanager
-    def _hidden_rows(self, batch: StepBatch, into: list[torch.Tensor]) -> Iterator[None]:
-        if not batch.hidden_rows:
-            yield
-            return
-        rows = torch.tensor(batch.hidden_rows, dtype=torch.int64, device=self.device)
-        decoder = self.model.get_decoder()
-        hook = decoder.register_forward_hook(lambda module, args, out: into.append(out.last_hidden_state[0, rows]))
-        try:
-            yield
-        finally:
-            hook.remove()
 
     @torch.inference_mode()
     def _probe_shapes(self) -> dict[int, LayerShape]:
