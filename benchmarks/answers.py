@@ -14,29 +14,36 @@ from protocol.generation import ChatMessage
 from traces.datasets import Dataset, Question
 from workers.engine import Engine
 
-TOGETHER = 8
+TOGETHER = 32
 
-Key = tuple[str, int, str, int | str, int]  # model, new tokens, data set, question, turn
+Key = tuple[str, int, tuple[int, ...]]  # model, new tokens, prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One turn: the conversation up to it, token ids of the rendered prompt and of the greedy answer, and its text."""
+    """A greedy answer: token ids of the rendered prompt and of the answer, and its text."""
 
     model: str
     new_tokens: int
-    dataset: str
-    category: str
-    question_id: int | str
-    turn: int
-    messages: list[dict[str, str]]
     prompt: list[int]
     answer: list[int]
     text: str
 
     @property
     def key(self) -> Key:
-        return self.model, self.new_tokens, self.dataset, self.question_id, self.turn
+        return self.model, self.new_tokens, tuple(self.prompt)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of a benchmark question with its answer; ``messages`` is the conversation up to it."""
+
+    dataset: str
+    category: str
+    question_id: int | str
+    number: int
+    messages: list[dict[str, str]]
+    answer: Answer
 
 
 class AnswerFile:
@@ -56,46 +63,34 @@ class AnswerFile:
             self.found[answer.key] = answer
 
 
-def vanilla_answers(engine: Engine, datasets: Sequence[Dataset], new_tokens: int, path: Path) -> list[Answer]:
+def vanilla_answers(engine: Engine, datasets: Sequence[Dataset], new_tokens: int, path: Path) -> list[Turn]:
     """Greedy answers of at most ``new_tokens`` tokens to every turn, those in the file ``path`` without decoding."""
     file = AnswerFile(path)
     asked = [(dataset.name, question) for dataset in datasets for question in dataset.questions]
     with ThreadPoolExecutor(TOGETHER) as pool:
         turns = pool.map(lambda one: list(_turns(engine, one[0], one[1], new_tokens, file)), asked)
-        return [answer for answers in turns for answer in answers]
+        return [turn for turns_of_one in turns for turn in turns_of_one]
 
 
-def _turns(engine: Engine, dataset: str, question: Question, new_tokens: int, file: AnswerFile) -> Iterator[Answer]:
+def _turns(engine: Engine, dataset: str, question: Question, new_tokens: int, file: AnswerFile) -> Iterator[Turn]:
     messages: list[dict[str, str]] = []
-    for turn, text in enumerate(question.turns):
+    for number, text in enumerate(question.turns):
         messages.append({"role": "user", "content": text})
-        known = file.found.get((engine.name, new_tokens, dataset, question.question_id, turn))
-        if known is None:
-            known = _decode(engine, dataset, question, turn, messages, new_tokens)
-            file.add(known)
-        messages.append({"role": "assistant", "content": known.text})
-        yield known
+        answer = _answer(engine, messages, new_tokens, file)
+        yield Turn(dataset, question.category, question.question_id, number, list(messages), answer)
+        messages.append({"role": "assistant", "content": answer.text})
 
 
-def _decode(
-    engine: Engine, dataset: str, question: Question, turn: int, messages: list[dict[str, str]], new_tokens: int
-) -> Answer:
+def _answer(engine: Engine, messages: list[dict[str, str]], new_tokens: int, file: AnswerFile) -> Answer:
+    prompt = engine.renderer.render([ChatMessage.model_validate(message) for message in messages]).token_ids
+    if known := file.found.get((engine.name, new_tokens, tuple(prompt))):
+        return known
     tokens: list[int] = []
     text = ""
     for event in engine.generate(messages, method="vanilla", temperature=0, max_new_tokens=new_tokens):
         text += event.text
         if event.step:
             tokens += event.step.threads[0].token_ids
-    prompt = engine.renderer.render([ChatMessage.model_validate(message) for message in messages]).token_ids
-    return Answer(
-        model=engine.name,
-        new_tokens=new_tokens,
-        dataset=dataset,
-        category=question.category,
-        question_id=question.question_id,
-        turn=turn,
-        messages=list(messages),
-        prompt=prompt,
-        answer=tokens,
-        text=text,
-    )
+    answer = Answer(engine.name, new_tokens, prompt, tokens, text)
+    file.add(answer)
+    return answer

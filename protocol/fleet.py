@@ -99,6 +99,7 @@ class ModelDetails(Wire):
     methods: list[str] = []
     memory: dict[str, int] = {}  # bytes by use: weights, packed copies, kv
     curve: LatencyTable | None = None  # None until it is measured
+    pace: dict[str, float] = {}  # method → its speed over vanilla's in what it served so far; below 1 it is slower
 
 
 class EmbeddingsParams(Wire):

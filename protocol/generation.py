@@ -51,9 +51,12 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class DraftSettings(Wire):
-    """Sizes of drafts; None leaves one to the server, and what the server was not told either to the tuner.
+    """How to draft, and what of it to accept; None leaves it to the server, sizes then to the tuner.
 
     ``window``, ``level`` and ``guesses`` are lookahead's W, N and G, also under the names of the original.
+    ``acceptance``: "exact" (the default) emits what ordinary decoding would have emitted. "typical" (Medusa's) is lossy
+    when sampling: it accepts every drafted token whose probability exceeds the lesser of ``posterior_threshold`` and
+    ``posterior_alpha`` · exp(-entropy).
     """
 
     nodes: Annotated[int | None, Field(ge=1, le=256)] = None  # candidate rows a step
@@ -63,6 +66,10 @@ class DraftSettings(Wire):
     pool_from_prompt: Annotated[
         bool | None, Field(validation_alias=AliasChoices("pool_from_prompt", "POOL_FROM_PROMPT"))
     ] = None
+
+    acceptance: Literal["exact", "typical"] | None = None
+    posterior_threshold: Annotated[Number | None, Field(gt=0, le=1)] = None
+    posterior_alpha: Annotated[Number | None, Field(gt=0, le=1)] = None
 
     def over(self, defaults: "DraftSettings") -> "DraftSettings":
         """These settings, and ``defaults`` where they are None."""

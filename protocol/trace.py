@@ -42,6 +42,7 @@ class TraceHeader(Wire):
     request_id: str
     model: str
     method: str
+    exact: bool = True  # False: typical acceptance, the answer may differ from ordinary decoding's
     parameters: dict[str, Any]
     device: str
     dtype: str
@@ -67,6 +68,7 @@ class TraceSummary(Wire):
     tokens_per_s: float
     kv_peak_tokens: int
     finish_reason: str | None = None
+    pace: float | None = None  # speed over vanilla's by the latency curve; below 1 the drafts cost more than they bring
 
 
 class RequestTrace(Wire):
@@ -78,7 +80,12 @@ class RequestTrace(Wire):
 
 
 def summarise(
-    steps: list[StepTrace], *, ttft_ms: float | None, elapsed_ms: float, finish_reason: str | None
+    steps: list[StepTrace],
+    *,
+    ttft_ms: float | None,
+    elapsed_ms: float,
+    finish_reason: str | None,
+    pace: float | None = None,
 ) -> TraceSummary:
     """Fold steps into a summary. ``mean_acceptance_length`` = 1 + accepted / thread-steps (vLLM's definition)."""
     tokens = sum(len(thread.token_ids) for step in steps for thread in step.threads)
@@ -99,4 +106,5 @@ def summarise(
         tokens_per_s=1000 * tokens / elapsed_ms if elapsed_ms > 0 else 0.0,
         kv_peak_tokens=max((step.kv_tokens for step in steps), default=0),
         finish_reason=finish_reason,
+        pace=pace,
     )

@@ -59,6 +59,11 @@ def serve(
     pool_from_prompt: Annotated[
         bool | None, typer.Option("--pool-from-prompt/--no-pool-from-prompt", help="n-grams of the text itself")
     ] = None,
+    acceptance: Annotated[
+        str | None, typer.Option(help="exact, or typical: lossy when sampling [default: exact]")
+    ] = None,
+    posterior_threshold: Annotated[float | None, typer.Option(help="of typical acceptance [default: 0.09]")] = None,
+    posterior_alpha: Annotated[float | None, typer.Option(help="of typical acceptance [default: 0.3]")] = None,
     register: Annotated[bool, typer.Option("--register/--no-register")] = True,
 ) -> None:
     """Serve one model on one device with one or several decoding methods."""
@@ -73,6 +78,9 @@ def serve(
         level=lookahead_level,
         guesses=lookahead_guesses,
         pool_from_prompt=pool_from_prompt,
+        acceptance=acceptance,
+        posterior_threshold=posterior_threshold,
+        posterior_alpha=posterior_alpha,
     )
     try:
         httpx.URL(controller_address)

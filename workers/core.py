@@ -17,14 +17,18 @@ from workers.metrics import EngineCounters
 from workers.model.batch import Run, StepBatch
 from workers.model.pages import distinct_rows
 from workers.model.runner import ModelRunner, StepOutput
-from workers.model.sampling import Row, choose, top_logprobs
+from workers.model.sampling import Row, choose, top_logprobs, typical
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
-from workers.model.verification import ROOT, Walk, candidate_rows, path_tokens, walk
+from workers.model.verification import ROOT, Walk, candidate_rows, path_tokens, typical_walk, walk
+from workers.pace import Pacer, Part
 from workers.request import Event, GenerationRequest, Request, Sink, Thread, TokenReport
 from workers.scheduler import Scheduler, Turn
+from workers.text import NoText
 from workers.tuning import Tuner
 
 logger = logging.getLogger(__name__)
+
+POSTERIOR_THRESHOLD, POSTERIOR_ALPHA = 0.09, 0.3  # Medusa's defaults
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Step:
     output: StepOutput
     logit_index: dict[int, int]
     walks: list[Walk | None]
+    drafting_ms: float
     forward_ms: float = 0.0
 
 
@@ -67,17 +72,18 @@ class EngineCore:
     def __init__(
         self,
         runner: ModelRunner,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | NoText,
         methods: Mapping[str, Method],
         *,
         max_requests: int,
-        describe: Callable[[Request], TraceHeader],
+        describe: Callable[[Request], TraceHeader | None],
         on_close: Callable[[Request], None] = lambda request: None,
     ) -> None:
         """``describe`` makes a trace's header; ``on_close`` hears of every request that is gone, however it ended."""
         self.runner = runner
         self.scheduler = Scheduler(runner, max_requests=max_requests)
         self.tuner = Tuner()
+        self.pacer = Pacer()
         self.counters = EngineCounters()
         self._tokenizer = tokenizer
         self._methods = methods
@@ -118,7 +124,9 @@ class EngineCore:
     # ---- compute: nothing below changes a request ------------------------------------------------------------------
 
     def _compute(self, turns: list[Turn]) -> Step:
+        started = perf_counter()
         trees = self._drafts(turns)
+        drafting_ms = 1000 * (perf_counter() - started)
         runs = [self._run_of(turn, tree) for turn, tree in zip(turns, trees, strict=True)]
         batch = self.runner.prepare(runs)
         places = [
@@ -127,7 +135,7 @@ class EngineCore:
         ]
         output = self.runner.forward(batch)
         index = {row: position for position, row in enumerate(batch.logit_rows)}
-        step = Step(turns, trees, places, batch, output, index, [])
+        step = Step(turns, trees, places, batch, output, index, [], drafting_ms)
         step.walks = self._verify(step)
         step.forward_ms = output.watch.ms()  # only now: on a GPU the tokens were waited for anyway
         return step
@@ -181,17 +189,32 @@ class EngineCore:
         for (index, node), token in zip(nodes, chosen, strict=True):
             choices[index][node] = token
         return [
-            walk(tree, choices[index], limit=turn.thread.remaining, terminal=turn.thread.request.spec.stop_token_ids)
-            if turn.completes
-            else None
-            for index, (turn, tree) in enumerate(zip(step.turns, step.trees, strict=True))
+            self._walk(step, index, choices[index]) if turn.completes else None for index, turn in enumerate(step.turns)
         ]
+
+    def _walk(self, step: Step, index: int, choices: Mapping[int, int]) -> Walk:
+        thread, tree = step.turns[index].thread, step.trees[index]
+        spec = thread.request.spec
+        if spec.is_exact or not tree:
+            return walk(tree, choices, limit=thread.remaining, terminal=spec.stop_token_ids)
+        drafted = candidate_rows(tree)
+        parents = [tree.parents[row] for row in drafted]
+        scores = typical(
+            step.output.logits[[step.logit_index[step.places[index].row(parent)] for parent in parents]],
+            [_row(thread, path_tokens(tree, parent)) for parent in parents],
+            [tree.token_ids[row] for row in drafted],
+            threshold=spec.draft.posterior_threshold or POSTERIOR_THRESHOLD,
+            alpha=spec.draft.posterior_alpha or POSTERIOR_ALPHA,
+        )
+        accepted = {row: score for row, score in zip(drafted, scores, strict=True) if score is not None}
+        return typical_walk(tree, choices, accepted, limit=thread.remaining, terminal=spec.stop_token_ids)
 
     # ---- apply: the step happened ----------------------------------------------------------------------------------
 
     def _apply(self, step: Step) -> None:
         self._commit(step)
         self.counters.forward(step.forward_ms, len(step.batch))
+        self._keep_pace(step)
         observed: dict[str, list[tuple[Thread, Outcome]]] = {}
         for request in _requests_of(step.turns):
             mine = [index for index, turn in enumerate(step.turns) if turn.thread.request is request]
@@ -206,6 +229,18 @@ class EngineCore:
                 threads, results = [thread for thread, _ in alive], [outcome for _, outcome in alive]
                 self._methods[name].observe(threads, results)
                 self.tuner.observe(threads, results)
+
+    def _keep_pace(self, step: Step) -> None:
+        parts: list[Part] = []
+        context = 0
+        for turn, tree, taken in zip(step.turns, step.trees, step.walks, strict=True):
+            if taken:
+                request = turn.thread.request
+                parts.append(Part(request.spec.method, request.pace, len(tree), len(taken.token_ids)))
+                context += len(turn.thread.token_ids)
+        if parts:
+            fixed = sum(turn.rows for turn in step.turns)
+            self.pacer.record(parts, fixed=fixed, context=context / len(parts), drafting_ms=step.drafting_ms)
 
     def _commit(self, step: Step) -> None:
         """Count the runs' rows, and move accepted tree rows to pages; the last emitted token has no row yet."""

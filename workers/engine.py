@@ -261,6 +261,7 @@ class Engine:
             self.curve = latency_curve(lambda work: self.between_steps(work).result(), fresh=fresh)
         except OutOfPages as error:
             raise RequestError(ErrorCode.ENGINE_OVERLOADED, "no pages are free to measure with") from error
+        self._core.pacer.curve = self.curve
         if self._tunes:
             self._core.tuner.curve = self.curve
         return self.curve
@@ -275,6 +276,11 @@ class Engine:
         scheduler, pool = self._core.scheduler, self._core.runner.pool
         running = scheduler.running
         return EngineStatus(running, len(self._open) - running, pool.free, pool.total, scheduler.preemptions)
+
+    def pace(self) -> dict[str, float]:
+        """Speed of the methods that have been used over vanilla's, by the latency curve."""
+        ratios = {name: pace.ratio for name, pace in self._core.pacer.methods.items()}
+        return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
     def last_progress_s(self) -> float | None:
         """Seconds since the last step; None while there is nothing to do."""
@@ -353,10 +359,12 @@ class Engine:
             request_id=spec.request_id,
             model=self.name,
             method=spec.method,
+            exact=spec.is_exact,
             parameters={
                 **{name: value for name, value in vars(sampling).items() if name not in ("banned", "banned_after")},
                 "max_new_tokens": spec.max_new_tokens,
                 "stop": list(spec.stop_strings),
+                "draft": spec.draft.model_dump(exclude_none=True),
             },
             device=device_name(self.device),
             dtype=self.dtype,

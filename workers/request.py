@@ -10,6 +10,7 @@ from protocol.generation import DraftSettings, FinishReason, TraceLevel
 from protocol.trace import StepTrace, ThreadStep, TraceHeader, TraceSummary, summarise
 from workers.model.pages import PageTable
 from workers.model.sampling import Sampling, TokenLogprobs
+from workers.pace import Pace
 from workers.text import Detokenizer, StopScanner
 
 DEFAULT_MAX_THREADS = 32
@@ -25,6 +26,7 @@ class GenerationRequest:
         max_new_tokens: most tokens that a path may add to the prompt.
         stop_token_ids: EOS and the request's own.
         logprobs: alternatives to report per token; None reports nothing.
+        stop_when: ends a path whose tokens it is true for.
         max_threads: threads of this request that may run at the same time; further ones wait.
     """
 
@@ -39,7 +41,13 @@ class GenerationRequest:
     logprobs: int | None = None
     trace: TraceLevel = False
     draft: DraftSettings = field(default_factory=DraftSettings)
+    stop_when: Callable[[list[int]], bool] | None = None
     max_threads: int = DEFAULT_MAX_THREADS
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the answer is the one of ordinary decoding; at temperature 0 typical acceptance is exact as well."""
+        return self.draft.acceptance != "typical" or self.sampling.greedy
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -153,7 +161,7 @@ class Thread:
             else:
                 text, stopped = self.stops.push(self.detokenizer.push(token))
                 shown += text
-                if stopped:
+                if stopped or (self.request.spec.stop_when and self.request.spec.stop_when(self.token_ids)):
                     self.finish_reason = "stop"
                 elif self.remaining <= 0:
                     self.finish_reason = "length"
@@ -177,6 +185,7 @@ class Request:
     prefill_ms: float = 0.0
     prefill_steps: int = 0
     steps: list[StepTrace] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
     prompt_reports: list[TokenReport] = field(default_factory=list)
     completion_tokens: int = 0
 
@@ -218,4 +227,5 @@ class Request:
             ttft_ms=None if first is None else 1000 * (first - self.accepted_at),
             elapsed_ms=self.elapsed_ms(),
             finish_reason=self.finish_reason(),
+            pace=self.pace.ratio,
         )

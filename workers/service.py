@@ -127,6 +127,7 @@ def create_app(worker: Worker, background: Callable[[], Any] | None = None) -> F
             methods=list(engine.methods),
             memory=engine.memory(),
             curve=LatencyTable.model_validate(asdict(engine.curve)) if engine.curve else None,
+            pace=engine.pace(),
         )
         return details.model_dump()
 

@@ -3,11 +3,19 @@
 import re
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 8  # an unfinished character has at most 4 bytes; more than this is no character
+
+
+class NoText:
+    """Stands for a tokenizer where only token ids matter."""
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        return ""
 
 
 class Detokenizer:
@@ -17,7 +25,7 @@ class Detokenizer:
     window is decoded with and without the new token. Bytes that never become a character are dropped.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | NoText, context: Sequence[int] = ()) -> None:
         """``context``: the last tokens before the first one that is pushed (a few of the prompt's)."""
         # The tokenizer proper, where there is one: transformers' wrapping costs more than the decoding.
         self._tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)

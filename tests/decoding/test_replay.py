@@ -26,12 +26,12 @@ def engine():
 def test_replayed_steps_are_the_decoded_ones(engine: Engine, tmp_path: Path) -> None:
     known = vanilla_answers(engine, [Dataset(name="set", questions=QUESTIONS)], 40, tmp_path / "answers.jsonl")
     draft = DraftSettings(nodes=7)
-    assert [answer.turn for answer in known] == [0, 1, 0, 1]
-    for answer in known:
+    assert [turn.number for turn in known] == [0, 1, 0, 1]
+    for turn in known:
         options = {"draft": draft.model_dump(), "temperature": 0, "max_new_tokens": 40}
-        events = list(engine.generate(answer.messages, method="ngram", **options))
+        events = list(engine.generate(turn.messages, method="ngram", **options))
         decoded = [len(event.step.threads[0].token_ids) for event in events if event.step]
-        assert replay(make_method("ngram"), answer, draft, new_tokens=40) == decoded
+        assert replay(make_method("ngram"), turn.answer, draft) == decoded
         assert max(decoded) > 1
 
 
@@ -41,4 +41,4 @@ def test_answers_are_decoded_once_for_each_length(engine: Engine, tmp_path: Path
     steps = engine.counters.steps
     assert vanilla_answers(engine, datasets, 20, file) == first
     assert engine.counters.steps == steps
-    assert all(len(answer.answer) <= 5 for answer in vanilla_answers(engine, datasets, 5, file))
+    assert all(len(turn.answer.answer) <= 5 for turn in vanilla_answers(engine, datasets, 5, file))

@@ -17,6 +17,13 @@ class StepLinear(nn.Linear):
         return out.view(*x.shape[:-1], self.out_features)
 
 
+def uninstall(model: nn.Module) -> None:
+    """The reverse of :func:`install`."""
+    for module in model.modules():
+        if isinstance(module, StepLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
 def install(model: nn.Module) -> None:
     """Turn the model's plain linear layers into step layers; other kinds (Conv1D, experts) keep their own products."""
     for module in model.modules():

@@ -6,8 +6,9 @@ request draws the same tokens under every method, batch, preemption and worker.
 """
 
 import hashlib
+import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ class Sampling:
         banned: token ids that are never chosen.
         banned_after: for a token id, the ids that must not follow it.
         choice: number of this answer among the request's n.
+        processor: changes logits float[vocabulary] after everything above them, given the path's tokens.
     """
 
     temperature: float = 1.0
@@ -41,6 +43,7 @@ class Sampling:
     banned_after: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     seed: int = 0
     choice: int = 0
+    processor: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None
 
     @property
     def greedy(self) -> bool:
@@ -53,7 +56,8 @@ class Sampling:
 
     @property
     def uses_history(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalised or self.processor is not None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,21 @@ def choose(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
     return tokens
 
 
+def typical(
+    logits: torch.Tensor, rows: Sequence[Row], tokens: Sequence[int], *, threshold: float, alpha: float
+) -> list[float | None]:
+    """Log-probability of ``tokens``, each at its row of float[R, vocabulary]; None for those that are not typical.
+
+    Typical (Medusa, Cai et al. 2024) is a probability above min(threshold, alpha · exp(-entropy)), both of the warped
+    distribution.
+    """
+    probabilities = warped(adjusted(logits, rows), [row.sampling for row in rows])
+    entropy = torch.special.entr(probabilities).sum(-1)
+    own = probabilities.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    accepted = own > (alpha * torch.exp(-entropy)).clamp(max=threshold)
+    return [math.log(value) if yes else None for value, yes in zip(own.tolist(), accepted.tolist(), strict=True)]
+
+
 def most_probable(logits: torch.Tensor) -> list[int]:
     """The first of the largest logits of each row. On a CPU by numpy, which takes a tenth of torch's time."""
     best: list[int] = (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()
@@ -114,6 +133,8 @@ def _adjust(logits: torch.Tensor, row: Row) -> None:
     sampling = row.sampling
     if sampling.uses_history:
         _penalise(logits, row)
+    if sampling.processor:
+        logits.copy_(sampling.processor([*row.prompt, *row.answer, *row.drafted], logits))
     for token, bias in sampling.logit_bias.items():
         logits[token] += bias
     banned = [*sampling.banned, *sampling.banned_after.get(row.previous, ())]
