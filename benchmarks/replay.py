@@ -3,11 +3,9 @@
 Greedy decoding is exact, so the answer says what the model chooses wherever a draft is right, and the tokens per step
 follow. For methods that draft from the text alone (n-gram, lookahead without its window) nothing is left to compute.
 With ``--check`` some answers are decoded for real and must take the same steps.
-
-A method is given with its draft sizes: ``ngram:nodes=7``, ``lookahead:window=15,level=5,guesses=15``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +13,13 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.answers import TOGETHER, Answer, Turn, vanilla_answers
+from benchmarks.answers import TOGETHER, Answer, vanilla_answers
+from benchmarks.settings import Setting, decode
+from benchmarks.table import table
 from protocol.generation import DraftSettings
 from traces.datasets import load_datasets
 from workers.decoding.interface import Budget, Method
-from workers.decoding.registry import UnknownMethod, make_method
+from workers.decoding.registry import make_method
 from workers.engine import Engine
 from workers.model.sampling import Sampling
 from workers.model.tree import TokenTree
@@ -28,26 +28,6 @@ from workers.warm_up import WarmUp
 
 ROWS = 256
 KV_TOKENS = 65536
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A method and its draft sizes; ``name`` is how the user wrote them."""
-
-    name: str
-    method: str
-    draft: DraftSettings
-
-    @classmethod
-    def parse(cls, text: str) -> "Setting":
-        """Read ``method:key=value,key=value``. Raises typer.BadParameter."""
-        method, _, sizes = text.partition(":")
-        try:
-            make_method(method)
-            pairs = dict(size.split("=", 1) for size in sizes.split(",") if size)
-            return cls(text, method, DraftSettings.model_validate(pairs))
-        except (UnknownMethod, ValueError) as error:
-            raise typer.BadParameter(f"{text}: {error}") from None
 
 
 @dataclass
@@ -112,48 +92,18 @@ def main(
     transformers_logging.set_verbosity_error()
     wanted = [Setting.parse(text) for text in settings]
     asked = [dataset.sample(per_category) for dataset in load_datasets(datasets.split(","))]
-    with Engine.load(
-        model_path,
-        method=[setting.method for setting in wanted],
-        kv_tokens=KV_TOKENS,
-        max_requests=TOGETHER,
-        tune=False,
-    ) as engine:
+    methods = [setting.method for setting in wanted]
+    with Engine.load(model_path, method=methods, kv_tokens=KV_TOKENS, max_requests=TOGETHER, tune=False) as engine:
         WarmUp(engine, model_path, measure=False).wait()
         turns = vanilla_answers(engine, asked, new_tokens, answers)
         steps = [[replay(make_method(one.method), turn.answer, one.draft) for turn in turns] for one in wanted]
-        for line in table(turns, dict(zip(settings, steps, strict=True))):
+        for line in table(turns, {name: list(map(len, taken)) for name, taken in zip(settings, steps, strict=True)}):
             print(line)
         for place in range(0, len(turns), max(1, len(turns) // check)) if check else []:
             for setting, replayed in zip(wanted, steps, strict=True):
-                decoded = decode(engine, setting, turns[place])
+                decoded = list(map(len, decode(engine, setting, turns[place])))
                 same = "as replayed" if decoded == replayed[place] else f"replayed: {len(replayed[place])}"
                 print(f"{setting.name}: decoded turn {place} in {len(decoded)} steps, {same}")
-
-
-def decode(engine: Engine, setting: Setting, turn: Turn) -> list[int]:
-    """Tokens emitted in every step of really decoding a turn."""
-    options = {"draft": setting.draft.model_dump(), "temperature": 0, "max_new_tokens": turn.answer.new_tokens}
-    events = engine.generate(turn.messages, method=setting.method, **options)
-    return [len(event.step.threads[0].token_ids) for event in events if event.step]
-
-
-def table(turns: Sequence[Turn], steps: Mapping[str, Sequence[Sequence[int]]]) -> Iterator[str]:
-    """Tokens per step of every setting, a line a category and one for the whole data set, in Markdown."""
-    yield "| data set | category | turns | tokens | " + " | ".join(steps) + " |"
-    yield "|---|---|---:|---:|" + "---:|" * len(steps)
-    for dataset in dict.fromkeys(turn.dataset for turn in turns):
-        categories = dict.fromkeys(turn.category for turn in turns if turn.dataset == dataset)
-        for category in [*sorted(categories), None] if len(categories) > 1 else [None]:
-            mine = [
-                place
-                for place, turn in enumerate(turns)
-                if turn.dataset == dataset and category in (None, turn.category)
-            ]
-            tokens = sum(len(turns[place].answer.answer) for place in mine)
-            rates = [tokens / sum(len(replayed[place]) for place in mine) for replayed in steps.values()]
-            shown = " | ".join(f"{rate:.2f}" for rate in rates)
-            yield f"| {dataset} | {category or '**all**'} | {len(mine)} | {tokens} | {shown} |"
 
 
 if __name__ == "__main__":

@@ -125,12 +125,23 @@ def compare(engine: Engine, case: Case, ours: list[int], runner: ModelRunner) ->
             first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
             if first == min(len(ours), len(theirs)):
                 return {"verdict": "different", "at": first, "ours": ours, "theirs": theirs}
-            logits = model(torch.tensor([prompt + theirs[:first]]), use_cache=False).logits[0, -1]
-        gap = (logits[ours[first]] - logits[theirs[first]]).abs().item()
     finally:
         model.set_attn_implementation(OVER_SDPA)
+    gap = logit_gap(prompt + theirs[:first], ours[first], theirs[first], runner)
     verdict = "tie" if gap <= TIE else "different"
     return {"verdict": verdict, "at": first, "gap": gap, "ours": ours, "theirs": theirs}
+
+
+def logit_gap(path: list[int], one: int, other: int, runner: ModelRunner) -> float:
+    """How far apart the logits of two tokens behind a path are by the model's stock forward pass."""
+    model: Any = runner.model
+    model.set_attn_implementation("sdpa")
+    try:
+        with torch.inference_mode():
+            logits = model(torch.tensor([path], device=runner.device), use_cache=False).logits[0, -1]
+        return abs(float(logits[one] - logits[other]))
+    finally:
+        model.set_attn_implementation(OVER_SDPA)
 
 
 def passed(results: Results) -> bool:

@@ -59,6 +59,9 @@ def serve(
     pool_from_prompt: Annotated[
         bool | None, typer.Option("--pool-from-prompt/--no-pool-from-prompt", help="n-grams of the text itself")
     ] = None,
+    shared_pool: Annotated[
+        bool | None, typer.Option("--shared-pool/--no-shared-pool", help="lookahead: n-grams of all requests together")
+    ] = None,
     acceptance: Annotated[
         str | None, typer.Option(help="exact, or typical: lossy when sampling [default: exact]")
     ] = None,
@@ -78,6 +81,7 @@ def serve(
         level=lookahead_level,
         guesses=lookahead_guesses,
         pool_from_prompt=pool_from_prompt,
+        shared_pool=shared_pool,
         acceptance=acceptance,
         posterior_threshold=posterior_threshold,
         posterior_alpha=posterior_alpha,

@@ -101,7 +101,7 @@ class Outcome:
 
 
 class Method(ABC):
-    """One decoding method. It keeps nothing between steps but ``thread.state``."""
+    """One decoding method. Between steps it keeps ``thread.state``, and what requests asked it to share."""
 
     name: str
     root_needs: Needs = Needs.LOGITS

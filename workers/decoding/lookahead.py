@@ -9,7 +9,7 @@ root's token, merged into a trie, from the first step on.
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from random import Random
 
 import torch
@@ -21,7 +21,11 @@ from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 from workers.model.verification import ROOT
 
 WINDOW, LEVEL, GUESSES = 7, 5, 7
+SHARED_GUESSES = 32  # n-grams of a first token in the pool of all requests
 WINDOW_GAIN = 0.3  # tokens a step that a window of this size adds in the long run to what the text itself offers
+# How often the first token of the latest n-gram was right (of the second latest half as often, and so on), and how
+# often each further token after right ones: of the latest n-gram, and of others.
+FIRST, NEXT_OF_LATEST, NEXT = 0.45, 0.8, 0.55
 
 
 class Pool:
@@ -55,14 +59,14 @@ class Window:
     Attributes:
         levels: level 0 lacks the first column, which is the root.
         height: N - 1.
-        pool: of the thread's n-grams.
+        pools: the thread's own n-grams, and those of all threads where the request shares them.
         root: the token at the head of the running step's window; None if the step runs without one.
         read: tokens of the thread that are in the pool.
     """
 
     levels: list[list[int]]
     height: int
-    pool: Pool
+    pools: list[Pool]
     root: int | None = None
     read: int = 0
 
@@ -86,8 +90,9 @@ class Window:
             above = list(range(len(token_ids), len(token_ids) + len(level)))
             token_ids += level
         last = len(self.levels[-1])
-        needs = [Needs.NOTHING] * (len(token_ids) - last) + [Needs.LOGITS] * last
-        return TokenTree.of(token_ids, parents, candidate=[False] * len(token_ids), needs=needs)
+        rows = len(token_ids)
+        needs = [Needs.NOTHING] * (rows - last) + [Needs.LOGITS] * last
+        return TokenTree.of(token_ids, parents, candidate=[False] * rows, needs=needs, chances=[0.0] * rows)
 
     def advance(self, new: list[int]) -> None:
         """Take in the model's choices behind the last level's rows."""
@@ -97,20 +102,41 @@ class Window:
         assert self.root is not None, "a step without a window has nothing to tell it"
         first, *others = self.levels
         for column, head in enumerate([self.root, *first]):
-            self.pool.add(head, (*(level[column] for level in others), new[column]))
+            self._add(head, (*(level[column] for level in others), new[column]))
         self.levels = [others[0][1:], *others[1:], new]
 
     def read_path(self, token_ids: Sequence[int]) -> None:
         """Put the n-grams of a thread's own text into the pool, from where the last call stopped."""
         for end in range(max(self.height, self.read), len(token_ids)):
-            self.pool.add(token_ids[end - self.height], tuple(token_ids[end - self.height + 1 : end + 1]))
+            self._add(token_ids[end - self.height], tuple(token_ids[end - self.height + 1 : end + 1]))
         self.read = len(token_ids)
+
+    def guesses(self, first: int, most: int) -> dict[tuple[int, ...], float]:
+        """Paths that may follow ``first`` by the ``most`` latest n-grams of the pools, and how probable they are.
+
+        A path stands behind its beginnings and is at most as probable.
+        """
+        grams = dict.fromkeys(chain.from_iterable(pool.following(first) for pool in self.pools))
+        guesses: dict[tuple[int, ...], float] = {}
+        for rank, gram in enumerate(islice(grams, most)):
+            chance = FIRST / (1 + rank)
+            for length in range(1, len(gram) + 1):
+                guesses[gram[:length]] = guesses.get(gram[:length], 0.0) + chance
+                chance *= NEXT if rank else NEXT_OF_LATEST
+        return dict(sorted(guesses.items(), key=lambda guess: -guess[1]))  # stable: beginnings stay in front
+
+    def _add(self, first: int, rest: tuple[int, ...]) -> None:
+        for pool in self.pools:
+            pool.add(first, rest)
 
 
 class Lookahead(Method):
     """Lookahead with W, N and G from the request, else those that are published for small models."""
 
     name = "lookahead"
+
+    def __init__(self) -> None:
+        self._shared = Pool(SHARED_GUESSES)
 
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
         return [self._tree(thread, budget) for thread in threads]
@@ -129,17 +155,29 @@ class Lookahead(Method):
             window.advance(list(islice(new, len(logits))))
 
     def _tree(self, thread: DraftThread, budget: Budget) -> TokenTree:
-        window: Window = thread.state.get("lookahead") or _new_window(thread)
+        window: Window = thread.state.get("lookahead") or self._new_window(thread)
         thread.state["lookahead"] = window
         if thread.draft.pool_from_prompt is not False:
             window.read_path(thread.token_ids)
         runs = _runs(window, thread, budget)
         window.root = thread.token_ids[-1] if runs else None
         tree = window.tree() if runs else EMPTY_TREE
-        chains = islice(window.pool.following(thread.token_ids[-1]), thread.draft.guesses or GUESSES)
-        trie = Trie(tree)
-        trie.add_chains((chain[: thread.remaining] for chain in chains), budget.rows)
-        return trie.tree()
+        guesses = window.guesses(thread.token_ids[-1], thread.draft.guesses or GUESSES)
+        nodes = [(path, chance) for path, chance in guesses.items() if len(path) <= thread.remaining]
+        most = max(0, min(thread.draft.nodes or budget.rows, budget.rows - len(tree)))
+        wished = thread.draft.nodes or thread.draft.guesses
+        kept = most if wished else budget.worth(thread, [chance for _, chance in nodes[:most]], beside=len(tree))
+        return with_guesses(tree, nodes[: min(most, kept)])
+
+    def _new_window(self, thread: DraftThread) -> Window:
+        """Level 0 of W + N - 3 tokens of the prompt, drawn by the request's seed and the thread's path."""
+        draft = thread.draft
+        width, level = draft.window or WINDOW, draft.level or LEVEL
+        random = Random(f"{thread.sampling.seed} {thread.path}")
+        prompt = thread.token_ids[: thread.prompt_length]
+        first = [random.choice(prompt) for _ in range(width + level - 3)]
+        shared = [self._shared] if draft.shared_pool else []
+        return Window([first], level - 1, [Pool(draft.guesses or GUESSES), *shared])
 
 
 def _runs(window: Window, thread: DraftThread, budget: Budget) -> bool:
@@ -149,11 +187,10 @@ def _runs(window: Window, thread: DraftThread, budget: Budget) -> bool:
     return fits and bool(wanted or budget.pays(window.rows, WINDOW_GAIN))
 
 
-def _new_window(thread: DraftThread) -> Window:
-    """Level 0 of W + N - 3 tokens of the prompt, drawn by the request's seed and the thread's path."""
-    draft = thread.draft
-    width, level = draft.window or WINDOW, draft.level or LEVEL
-    random = Random(f"{thread.sampling.seed} {thread.path}")
-    prompt = thread.token_ids[: thread.prompt_length]
-    first = [random.choice(prompt) for _ in range(width + level - 3)]
-    return Window([first], level - 1, Pool(draft.guesses or GUESSES))
+def with_guesses(tree: TokenTree, guesses: Sequence[tuple[tuple[int, ...], float]]) -> TokenTree:
+    """The tree and paths behind it, each of which stands behind its beginning."""
+    trie = Trie(tree)
+    rows: dict[tuple[int, ...], int] = {(): ROOT}
+    for path, chance in guesses:
+        rows[path] = trie.add(rows[path[:-1]], path[-1], chance)
+    return trie.tree()

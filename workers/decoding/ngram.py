@@ -16,7 +16,7 @@ from workers.model.verification import ROOT
 
 LONGEST = 5  # tokens of a suffix
 # How often a guess was right by the length of the suffix that it came from, 1 to LONGEST, if it was the only one.
-TRUST = (0.25, 0.5, 0.65, 0.75, 0.85)
+TRUST = (0.35, 0.55, 0.65, 0.7, 0.9)
 LEAST = 0.02  # probability below which a node is not worth its row
 MOST_NODES = 16  # without a wish
 

@@ -1,7 +1,5 @@
 """Candidates merged into a tree, so that shared prefixes cost one row."""
 
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
@@ -38,15 +36,6 @@ class Trie:
             if chance is not None:
                 self._chances.append(chance)
         return row
-
-    def add_chains(self, chains: Iterable[Sequence[int]], rows: int) -> None:
-        """Add paths from the root, as far as the whole keeps within ``rows`` rows."""
-        for chain in chains:
-            parent = ROOT
-            for token in chain:
-                if len(self) >= rows and not self.has(parent, token):
-                    break
-                parent = self.add(parent, token)
 
     def tree(self) -> TokenTree:
         """The whole."""

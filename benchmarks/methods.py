@@ -1,0 +1,141 @@
+"""``python -m benchmarks.methods``: methods decoded for real on whole benchmarks: vanilla's answers, in how many steps?
+
+Every answer is compared with vanilla's, token for token. Greedy ones may differ at a tie: where both tokens' logits lie
+within TIE of each other, a batch of another shape may swap them. Finished turns are kept in a file and not decoded
+again.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from threading import Lock
+from typing import Annotated
+
+import typer
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.answers import Turn, vanilla_answers
+from benchmarks.settings import Setting, decode
+from benchmarks.table import table
+from benchmarks.verify import MOST_TIES, TIE, logit_gap
+from traces.datasets import load_datasets
+from workers.engine import Engine
+from workers.warm_up import WarmUp
+
+KV_TOKENS = 65536
+TOGETHER = 8
+SAMPLED = {"temperature": 0.7, "top_p": 0.95, "seed": 7}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One turn decoded with one setting: tokens of every step, and how the answer compares with vanilla's."""
+
+    model: str
+    setting: str
+    sampled: bool
+    new_tokens: int
+    prompt: list[int]
+    steps: list[int]
+    verdict: str  # equal, tie, different
+
+    @property
+    def key(self) -> tuple[str, str, bool, int, tuple[int, ...]]:
+        return self.model, self.setting, self.sampled, self.new_tokens, tuple(self.prompt)
+
+
+class Results:
+    """A JSONL file of results; each is appended when it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = Lock()
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self._found = {result.key: result for result in (Result(**json.loads(line)) for line in lines)}
+
+    def of(self, engine: Engine, setting: Setting, turn: Turn, *, sampled: bool) -> Result:
+        """The result of a turn, decoded now unless it is known."""
+        answer = turn.answer
+        known = self._found.get((engine.name, setting.name, sampled, answer.new_tokens, tuple(answer.prompt)))
+        if known:
+            return known
+        steps = decode(engine, setting, turn, **(SAMPLED if sampled else {}))
+        plain = [answer.answer] if not sampled else decode(engine, Setting.parse("vanilla"), turn, **SAMPLED)
+        result = Result(
+            model=engine.name,
+            setting=setting.name,
+            sampled=sampled,
+            new_tokens=answer.new_tokens,
+            prompt=answer.prompt,
+            steps=list(map(len, steps)),
+            verdict=verdict(engine, answer.prompt, list(chain(*steps)), list(chain(*plain)), sampled=sampled),
+        )
+        with self._lock:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+        return result
+
+
+def verdict(engine: Engine, prompt: list[int], ours: list[int], plain: list[int], *, sampled: bool) -> str:
+    """``equal``, ``tie`` or ``different``. A sampled answer has no ties: it differs after one."""
+    if ours == plain:
+        return "equal"
+    pairs = enumerate(zip(ours, plain, strict=False))
+    first = next((place for place, (a, b) in pairs if a != b), None)
+    if first is None or sampled:
+        return "different"
+    gap = partial(logit_gap, prompt + plain[:first], ours[first], plain[first])
+    return "tie" if engine.between_steps(gap).result() <= TIE else "different"
+
+
+def main(
+    settings: Annotated[list[str], typer.Argument(metavar="METHOD[:SIZES]...")],
+    datasets: Annotated[str, typer.Option(help="names or JSONL files, separated by commas")] = "vicuna_bench,mt_bench",
+    per_category: Annotated[int | None, typer.Option(min=1, help="questions; by default all")] = None,
+    sampled: Annotated[bool, typer.Option("--sampled", help=f"with {SAMPLED} instead of greedy")] = False,
+    model_path: str = "smollm2-135m",
+    new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    answers: Annotated[Path, typer.Option(help="where the model's answers are kept")] = Path("runs/answers.jsonl"),
+    out: Annotated[Path, typer.Option(help="where results are kept")] = Path("runs/methods.jsonl"),
+) -> None:
+    """Decode what is missing, print tokens per step; exit 1 if an answer is wrong or more than 2 % differ by ties."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    wanted = [Setting.parse(text) for text in settings]
+    asked = [dataset.sample(per_category) for dataset in load_datasets(datasets.split(","))]
+    methods = [setting.method for setting in wanted]
+    with Engine.load(model_path, method=methods, kv_tokens=KV_TOKENS, max_requests=32, tune=False) as engine:
+        WarmUp(engine, model_path, measure=False).wait()
+        turns = vanilla_answers(engine, asked, new_tokens, answers)
+        results = Results(out)
+        columns: dict[str, list[Result]] = {}
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            for setting in wanted:
+                work = partial(results.of, engine, setting, sampled=sampled)
+                columns[setting.name] = list(pool.map(work, turns))
+                print(summary(setting.name, columns[setting.name]), flush=True)
+        for line in table(turns, {name: [len(one.steps) for one in column] for name, column in columns.items()}):
+            print(line)
+    sys.exit(0 if all(map(passed, columns.values())) else 1)
+
+
+def summary(name: str, results: Sequence[Result]) -> str:
+    """One line."""
+    verdicts = [result.verdict for result in results]
+    return f"{name}: " + ", ".join(f"{verdicts.count(one)} {one}" for one in ("equal", "tie", "different"))
+
+
+def passed(results: Sequence[Result]) -> bool:
+    """No answer is wrong, and few differ by ties."""
+    verdicts = [result.verdict for result in results]
+    return "different" not in verdicts and verdicts.count("tie") <= MOST_TIES * len(verdicts)
+
+
+if __name__ == "__main__":
+    typer.run(main)
