@@ -31,8 +31,12 @@ demo: install ## controller, worker and page on the embedded model; prints the U
 test: install ## the samples, under 15 minutes on two cores
 	$(BIN)/python -m pytest
 
-verify: install ## the full sets, resumable; results in $(RUNS)/verify.json
+verify: install ## the full sets, resumable; results in $(RUNS)
 	$(BIN)/python -m benchmarks.verify --out $(RUNS)/verify.json
+	$(BIN)/python -m benchmarks.methods ngram:nodes=7 lookahead:window=3,level=4,guesses=3 \
+		lookahead+ngram:window=3,level=4,guesses=3,nodes=7 --answers $(RUNS)/answers.jsonl --out $(RUNS)/methods.jsonl
+	$(BIN)/python -m benchmarks.methods ngram lookahead lookahead+ngram --sampled --datasets vicuna_bench --per-category 3 \
+		--answers $(RUNS)/answers.jsonl --out $(RUNS)/methods.jsonl
 
 check: install ## lint and types
 	$(BIN)/ruff check .

@@ -68,6 +68,7 @@ class TraceSummary(Wire):
     tokens_per_s: float
     kv_peak_tokens: int
     finish_reason: str | None = None
+    exact: bool = True  # as in the header
     pace: float | None = None  # speed over vanilla's by the latency curve; below 1 the drafts cost more than they bring
 
 
@@ -85,6 +86,7 @@ def summarise(
     ttft_ms: float | None,
     elapsed_ms: float,
     finish_reason: str | None,
+    exact: bool = True,
     pace: float | None = None,
 ) -> TraceSummary:
     """Fold steps into a summary. ``mean_acceptance_length`` = 1 + accepted / thread-steps (vLLM's definition)."""
@@ -106,5 +108,6 @@ def summarise(
         tokens_per_s=1000 * tokens / elapsed_ms if elapsed_ms > 0 else 0.0,
         kv_peak_tokens=max((step.kv_tokens for step in steps), default=0),
         finish_reason=finish_reason,
+        exact=exact,
         pace=pace,
     )

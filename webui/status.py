@@ -26,6 +26,10 @@ def _figures(live: LiveAnswer) -> list[str]:
             _figure(f"{summary.tokens_per_step:.2f}", "tokens/step"),
             _figure(f"{summary.tokens_per_s:.1f}", "tokens/s"),
         ]
+        if summary.pace is not None:
+            parts.append(_figure(f"{summary.pace:.2f}×", "vanilla's pace"))
+        if not summary.exact:
+            parts.append(_figure("lossy", "typical acceptance"))
     return [
         *parts,
         _figure(f"{live.elapsed_s:.1f} s", "elapsed"),

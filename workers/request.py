@@ -227,5 +227,6 @@ class Request:
             ttft_ms=None if first is None else 1000 * (first - self.accepted_at),
             elapsed_ms=self.elapsed_ms(),
             finish_reason=self.finish_reason(),
+            exact=self.spec.is_exact,
             pace=self.pace.ratio,
         )

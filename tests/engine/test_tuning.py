@@ -65,5 +65,7 @@ def test_disappointment_makes_drafts_smaller_and_wears_off() -> None:
 
 
 def test_a_window_pays_only_where_rows_are_cheap() -> None:
-    assert tuned(FLAT).pays(30, 0.3)
-    assert not tuned(SLOPED).pays(30, 0.3)
+    options = [(6, 0.1), (30, 0.3), (60, 0.31)]
+    assert tuned(FLAT).best(options, 1) == 1
+    assert tuned(SLOPED).best(options, 1) is None
+    assert tuned(None).best(options, 1) == 1

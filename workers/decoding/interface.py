@@ -32,9 +32,13 @@ class Budget:
         """
         return len(chances)
 
-    def pays(self, rows: int, gain: float) -> bool:
-        """Whether rows that bring ``gain`` tokens a step in the long run are worth it."""
-        return True
+    def best(self, options: Sequence[tuple[int, float]], default: int) -> int | None:
+        """Which of some options is worth most: each is rows, and the tokens a step that they bring in the long run.
+
+        Returns:
+            Its index, None if none is worth its rows, ``default`` where there are no prices.
+        """
+        return default
 
 
 class DraftThread(Protocol):

@@ -20,9 +20,12 @@ from workers.model.sampling import most_probable
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 from workers.model.verification import ROOT
 
-WINDOW, LEVEL, GUESSES = 7, 5, 7
+LEVEL, GUESSES = 5, 7
+# (W, N) from which the tuner chooses, and the tokens a step that such a window adds in the long run to what the text
+# itself offers; without prices it is the second one, published for small models.
+WINDOWS = (((3, 4), 0.05), ((7, 5), 0.1), ((15, 5), 0.15))
+PUBLISHED = 1
 SHARED_GUESSES = 32  # n-grams of a first token in the pool of all requests
-WINDOW_GAIN = 0.3  # tokens a step that a window of this size adds in the long run to what the text itself offers
 # How often the first token of the latest n-gram was right (of the second latest half as often, and so on), and how
 # often each further token after right ones: of the latest n-gram, and of others.
 FIRST, NEXT_OF_LATEST, NEXT = 0.45, 0.8, 0.55
@@ -59,6 +62,7 @@ class Window:
     Attributes:
         levels: level 0 lacks the first column, which is the root.
         height: N - 1.
+        gain: tokens a step that the window is taken to add; None for one that was asked for.
         pools: the thread's own n-grams, and those of all threads where the request shares them.
         root: the token at the head of the running step's window; None if the step runs without one.
         read: tokens of the thread that are in the pool.
@@ -67,6 +71,7 @@ class Window:
     levels: list[list[int]]
     height: int
     pools: list[Pool]
+    gain: float | None = None
     root: int | None = None
     read: int = 0
 
@@ -155,7 +160,7 @@ class Lookahead(Method):
             window.advance(list(islice(new, len(logits))))
 
     def _tree(self, thread: DraftThread, budget: Budget) -> TokenTree:
-        window: Window = thread.state.get("lookahead") or self._new_window(thread)
+        window: Window = thread.state.get("lookahead") or self._new_window(thread, budget)
         thread.state["lookahead"] = window
         if thread.draft.pool_from_prompt is not False:
             window.read_path(thread.token_ids)
@@ -169,22 +174,29 @@ class Lookahead(Method):
         kept = most if wished else budget.worth(thread, [chance for _, chance in nodes[:most]], beside=len(tree))
         return with_guesses(tree, nodes[: min(most, kept)])
 
-    def _new_window(self, thread: DraftThread) -> Window:
+    def _new_window(self, thread: DraftThread, budget: Budget) -> Window:
         """Level 0 of W + N - 3 tokens of the prompt, drawn by the request's seed and the thread's path."""
         draft = thread.draft
-        width, level = draft.window or WINDOW, draft.level or LEVEL
+        gain: float | None
+        (width, level), gain = WINDOWS[budget.best([(_rows(*size), gain) for size, gain in WINDOWS], PUBLISHED) or 0]
+        if draft.window or draft.level:
+            width, level, gain = draft.window or width, draft.level or LEVEL, None
         random = Random(f"{thread.sampling.seed} {thread.path}")
         prompt = thread.token_ids[: thread.prompt_length]
         first = [random.choice(prompt) for _ in range(width + level - 3)]
         shared = [self._shared] if draft.shared_pool else []
-        return Window([first], level - 1, [Pool(draft.guesses or GUESSES), *shared])
+        return Window([first], level - 1, [Pool(draft.guesses or GUESSES), *shared], gain)
 
 
 def _runs(window: Window, thread: DraftThread, budget: Budget) -> bool:
     """Whether the window takes part in a step: not beyond the answer's end, where there is nothing left to find."""
     fits = window.rows <= budget.rows and window.reach < thread.remaining
-    wanted = thread.draft.window or thread.draft.level
-    return fits and bool(wanted or budget.pays(window.rows, WINDOW_GAIN))
+    return fits and (window.gain is None or budget.best([(window.rows, window.gain)], 0) is not None)
+
+
+def _rows(width: int, level: int) -> int:
+    """Of a full window, without the root."""
+    return width * (level - 1) - 1
 
 
 def with_guesses(tree: TokenTree, guesses: Sequence[tuple[tuple[int, ...], float]]) -> TokenTree:
