@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := 2.13.0
-PACKAGES := protocol controller workers traces webui polydecode configs benchmarks
+PACKAGES := protocol controller workers training traces webui polydecode configs benchmarks
 RUNS ?= runs
 
 .PHONY: help install demo test verify check format trace bench clean

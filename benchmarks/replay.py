@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.answers import TOGETHER, Answer, vanilla_answers
+from benchmarks.answers import vanilla_answers
 from benchmarks.settings import Setting, decode
 from benchmarks.table import table
 from protocol.generation import DraftSettings
 from traces.datasets import load_datasets
+from training.answers import TOGETHER, Answer
 from workers.decoding.interface import Budget, Method
 from workers.decoding.registry import make_method
 from workers.engine import Engine

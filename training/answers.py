@@ -1,0 +1,81 @@
+"""The model's own greedy answers, decoded once by the batched engine and kept in a file.
+
+They are what heads and prompt tokens learn to foresee (self-distillation), and what replays start from.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+
+from protocol.generation import ChatMessage
+from workers.engine import Engine
+
+TOGETHER = 32  # conversations that are answered in common forward passes
+
+Messages = list[dict[str, str]]
+Key = tuple[str, int, tuple[int, ...]]  # model, new tokens, prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer of at most ``new_tokens``: token ids of the rendered prompt and of the answer, and its text."""
+
+    model: str
+    new_tokens: int
+    prompt: list[int]
+    answer: list[int]
+    text: str
+
+    @property
+    def key(self) -> Key:
+        return self.model, self.new_tokens, tuple(self.prompt)
+
+
+class AnswerFile:
+    """A JSONL file of answers; each is appended when it is there, so that an interrupted run goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = Lock()
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self._found = {answer.key: answer for answer in (Answer(**json.loads(line)) for line in lines)}
+
+    def answer(self, engine: Engine, messages: Messages, new_tokens: int) -> Answer:
+        """The answer to a conversation: known, or decoded now."""
+        prompt = engine.renderer.render([ChatMessage.model_validate(message) for message in messages]).token_ids
+        if known := self._found.get((engine.name, new_tokens, tuple(prompt))):
+            return known
+        tokens: list[int] = []
+        text = ""
+        for event in engine.generate(messages, method="vanilla", temperature=0, max_new_tokens=new_tokens):
+            text += event.text
+            if event.step:
+                tokens += event.step.threads[0].token_ids
+        answer = Answer(engine.name, new_tokens, prompt, tokens, text)
+        self._add(answer)
+        return answer
+
+    def _add(self, answer: Answer) -> None:
+        with self._lock:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(asdict(answer)) + "\n")
+            self._found[answer.key] = answer
+
+
+def answers(
+    engine: Engine,
+    prompts: Iterable[str],
+    new_tokens: int,
+    file: AnswerFile,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Answer]:
+    """Answers to single prompts, in their order; ``progress`` hears how many are there."""
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        found = pool.map(lambda prompt: file.answer(engine, [{"role": "user", "content": prompt}], new_tokens), prompts)
+        for done, answer in enumerate(found, 1):
+            progress(done)
+            yield answer
