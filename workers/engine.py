@@ -5,9 +5,10 @@ import logging
 import platform
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
+from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, TypeVar
@@ -21,12 +22,14 @@ from protocol.generation import DraftSettings, GenerateParams
 from protocol.trace import TraceHeader
 from protocol.wire import parse_object
 from workers.core import EngineCore
-from workers.decoding.registry import BASELINE, UnknownMethod, make_method
+from workers.decoding.interface import BadAdapter
+from workers.decoding.registry import BASELINE, UnknownMethod, check_method, load_adapters, make_method
 from workers.metrics import EngineCounters, EngineStatus
 from workers.model.checkpoint import Checkpoint, ModelLoadError, first_line, load_checkpoint, stop_token_ids
 from workers.model.curve import LatencyCurve, latency_curve
 from workers.model.devices import device_name, find_device, find_dtype
 from workers.model.pages import OutOfPages
+from workers.model.quantization import output_projection
 from workers.model.runner import ModelRunner
 from workers.prompts import PromptRenderer
 from workers.request import Event, Request, Sink
@@ -57,11 +60,13 @@ class Engine:
         conv_template: str | None = None,
         draft: DraftSettings | None = None,
         tune: bool = True,
+        adapters: Mapping[str, Path] | None = None,
     ) -> None:
         """See :meth:`load`. ``load`` is called on the engine's thread."""
         self.methods = tuple(dict.fromkeys([*methods, BASELINE]))
         self._draft = draft or DraftSettings()
         self._tunes = tune
+        self._adapter_paths = adapters or {}
         self._max_requests = max_requests
         self._max_open = max_requests + max_queue
         self._open: set[int] = set()
@@ -90,10 +95,13 @@ class Engine:
 
     def _set_up(self, load: Callable[[], Checkpoint], kv_tokens: int | None, conv_template: str | None) -> None:
         try:
-            decoders = {name: make_method(name) for name in self.methods}
+            needed = {check_method(name) for name in self.methods} - {""}
             checkpoint = load()
+            paths = {kind: path for kind in needed if (path := checkpoint.adapter(kind))} | dict(self._adapter_paths)
+            self.adapters = load_adapters(paths, output_projection(checkpoint.model))
+            decoders = {name: make_method(name, self.adapters) for name in self.methods}
             self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
-        except (UnknownMethod, ValueError) as error:
+        except (UnknownMethod, BadAdapter, ValueError) as error:
             raise ModelLoadError(str(error)) from error
         self.name = checkpoint.name
         self.tokenizer = checkpoint.tokenizer
@@ -139,7 +147,8 @@ class Engine:
             quantization: None, or ``int8`` for the weights of all products.
             options: ``kv_tokens`` (rows of KV; by default from free memory), ``max_requests`` (running at a time),
                 ``max_queue`` (waiting), ``conv_template`` (one of FastChat's), ``draft`` (sizes that requests may
-                override), ``tune`` (False: no size is chosen by measured costs).
+                override), ``tune`` (False: no size is chosen by measured costs), ``adapters`` (kind → path of trained
+                weights; by default those that come with the model).
 
         Raises:
             ModelLoadError: the model cannot be served; one line.

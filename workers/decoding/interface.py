@@ -104,11 +104,21 @@ class Outcome:
         return self.step_hidden[self.hidden_rows.start : self.hidden_rows.stop]
 
 
+class BadAdapter(Exception):
+    """Trained weights that cannot be used; the message is one line."""
+
+
 class Method(ABC):
-    """One decoding method. Between steps it keeps ``thread.state``, and what requests asked it to share."""
+    """One decoding method. Between steps it keeps ``thread.state``, and what requests asked it to share.
+
+    Attributes:
+        root_needs: what it wants back of a thread's last row.
+        row_needs: what it wants back of every candidate row beside the logits, also of those merged into its tree.
+    """
 
     name: str
     root_needs: Needs = Needs.LOGITS
+    row_needs: Needs = Needs.NOTHING
 
     @abstractmethod
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:

@@ -11,7 +11,7 @@ from itertools import count, islice
 
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
 from workers.decoding.trie import Trie
-from workers.model.tree import EMPTY_TREE, TokenTree
+from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 from workers.model.verification import ROOT
 
 LONGEST = 5  # tokens of a suffix
@@ -71,24 +71,26 @@ class WithNgrams(Method):
     def __init__(self, base: Method) -> None:
         self.name = f"{base.name}+ngram"
         self.root_needs = base.root_needs
+        self.row_needs = base.row_needs
         self._base = base
 
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
         trees = self._base.draft(threads, budget)
-        return [add_ngrams(tree, thread, budget) for tree, thread in zip(trees, threads, strict=True)]
+        needs = self.row_needs
+        return [add_ngrams(tree, thread, budget, needs) for tree, thread in zip(trees, threads, strict=True)]
 
     def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
         self._base.observe(threads, outcomes)
 
 
-def add_ngrams(tree: TokenTree, thread: DraftThread, budget: Budget) -> TokenTree:
+def add_ngrams(tree: TokenTree, thread: DraftThread, budget: Budget, needs: Needs = Needs.NOTHING) -> TokenTree:
     """``tree`` and the nodes by n-grams that it lacks, as many as the request asks for or as are worth their rows."""
     most = min(thread.draft.nodes or MOST_NODES, budget.rows - len(tree))
     nodes = list(islice(candidates(thread), max(0, most)))
     kept = (
         len(nodes) if thread.draft.nodes else budget.worth(thread, [chance for _, _, chance in nodes], beside=len(tree))
     )
-    trie = Trie(tree)
+    trie = Trie(tree, needs=needs)
     rows: list[int] = []
     for parent, token, chance in nodes[:kept]:
         rows.append(trie.add(ROOT if parent == ROOT else rows[parent], token, chance))

@@ -9,8 +9,10 @@ from workers.model.verification import ROOT
 class Trie:
     """Candidate rows behind those of a tree (by default an empty one); the tree's own rows keep their numbers."""
 
-    def __init__(self, tree: TokenTree = EMPTY_TREE) -> None:
+    def __init__(self, tree: TokenTree = EMPTY_TREE, *, needs: Needs = Needs.NOTHING) -> None:
+        """``needs``: what the added rows want back beside their logits."""
         self._tree = tree
+        self._needs = needs
         self._token_ids = list(tree.token_ids)
         self._parents = list(tree.parents)
         self._chances = list(tree.chances)
@@ -49,7 +51,7 @@ class Trie:
             self._token_ids,
             self._parents,
             candidate=[*self._tree.candidate, *[True] * added],
-            needs=[*self._tree.needs, *[Needs.NOTHING] * added],
+            needs=[*self._tree.needs, *[self._needs] * added],
             depths=depths,
             embeddings=self._tree.embeddings,
             visible=None if self._tree.visible is None else self._visible(self._tree.visible),

@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Checkpoint:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     quantization: Quantization | None = None
+    folders: tuple[Path, ...] = ()
+
+    def adapter(self, kind: str) -> Path | None:
+        """The folder of trained weights that came with the checkpoint, or ships with polydecode for it."""
+        return next((folder / kind for folder in self.folders if (folder / kind).is_dir()), None)
 
 
 def load_checkpoint(
@@ -73,7 +79,12 @@ def load_checkpoint(
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"{path!r} lacks {len(missing)} of the model's weights, for instance {missing[0]}")
     quantized = quantize_int8(model, tokenizer) if quantization else None
-    return Checkpoint(name, model, tokenizer, quantized)
+    return Checkpoint(name, model, tokenizer, quantized, _adapter_folders(path, source))
+
+
+def _adapter_folders(path: str, source: str) -> tuple[Path, ...]:
+    """Where trained weights for a model may lie: in its own folder, or among those that ship."""
+    return Path(source), Path(str(files("configs"))) / "adapters" / path
 
 
 def stop_token_ids(checkpoint: Checkpoint) -> frozenset[int]:

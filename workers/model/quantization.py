@@ -6,6 +6,7 @@ far finer than the weights; everywhere else the weights are widened for each pro
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,6 +65,15 @@ class Int8Linear(nn.Module):
             return nn.functional.linear(x, widened, self.bias)
         out = torch.ops.polydecode.linear_int8(x.reshape(-1, x.shape[-1]), self.weight, self.scale, self.bias)
         return out.view(*x.shape[:-1], len(self.scale))
+
+
+def output_projection(model: PreTrainedModel) -> torch.Tensor:
+    """float[V, hidden]: the weights behind the model's logits, widened (a copy) where they are quantised."""
+    output: Any = model.get_output_embeddings()
+    if isinstance(output, Int8Linear):
+        return (output.weight * output.scale[:, None]).to(model.dtype)
+    weight: torch.Tensor = output.weight
+    return weight.detach()
 
 
 def quantize_int8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quantization:

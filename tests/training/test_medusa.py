@@ -1,0 +1,120 @@
+"""Heads are trained from a model's own answers, go on where a killed training stopped, and draft what they learned."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.tiny import tiny_checkpoint, tiny_engine
+from training.answers import Answer, AnswerFile, answers
+from training.hidden import HiddenStates, hidden_states
+from training.loop import Schedule
+from training.medusa import accuracies, held_out, most_used, save, train_heads
+from training.prompts import Benchmarks, load_prompts, read_questions
+from workers.decoding.heads import MedusaHeads
+from workers.decoding.medusa_checkpoint import load_heads
+from workers.model.quantization import output_projection
+
+PROMPTS = [f"count {number} and {number + 1}" for number in range(24)]
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    file = AnswerFile(tmp_path_factory.mktemp("answers") / "answers.jsonl")
+    with tiny_engine() as engine:
+        return list(answers(engine, PROMPTS, 24, file))
+
+
+@pytest.fixture(scope="module")
+def states(learned: list[Answer], tmp_path_factory: pytest.TempPathFactory) -> HiddenStates:
+    return hidden_states(tiny_checkpoint().model, learned, 3, tmp_path_factory.mktemp("hidden"))
+
+
+def trained(states: HiddenStates, learned: list[Answer], checkpoint: Path, **options: object) -> MedusaHeads:
+    projection = output_projection(tiny_checkpoint().model)
+    settings = {"resume": False, "stop_at": None, **options}
+    return train_heads(
+        states,
+        projection,
+        most_used(learned, 64, len(projection)),
+        heads=3,
+        layers=1,
+        schedule=Schedule(60, 1e-2),
+        batch=64,
+        seed=1,
+        checkpoint=checkpoint,
+        **settings,  # type: ignore[arg-type]
+    )[0]
+
+
+def test_states_are_those_from_which_the_tokens_were_chosen(states: HiddenStates, learned: list[Answer]) -> None:
+    model = tiny_checkpoint().model
+    logits = torch.from_numpy(np.array(states.states, dtype=np.float32)) @ output_projection(model).T
+    chosen = [token for answer in learned for token in answer.answer]
+    assert np.mean(logits.argmax(-1).numpy() == chosen) > 0.98  # float16 may swap nearly equal ones
+    assert states.following[0].tolist() == learned[0].answer[1:4]
+    assert states.following[len(learned[0].answer) - 1].tolist() == [-1, -1, -1]
+
+
+def test_a_killed_training_ends_with_the_same_heads(
+    states: HiddenStates, learned: list[Answer], tmp_path: Path
+) -> None:
+    whole = trained(states, learned, tmp_path / "whole.pt")
+    trained(states, learned, tmp_path / "killed.pt", stop_at=23)
+    resumed = trained(states, learned, tmp_path / "killed.pt", resume=True)
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
+    with pytest.raises(ValueError, match="is of a training"):
+        train_heads(
+            states,
+            output_projection(tiny_checkpoint().model),
+            None,
+            heads=3,
+            layers=1,
+            schedule=Schedule(61, 1e-2),
+            batch=64,
+            seed=1,
+            checkpoint=tmp_path / "killed.pt",
+            resume=True,
+        )
+
+
+def test_trained_heads_are_saved_loaded_and_accepted(
+    states: HiddenStates, learned: list[Answer], tmp_path: Path
+) -> None:
+    heads = trained(states, learned, tmp_path / "state.pt")
+    token_ids = heads.token_ids
+    blank = MedusaHeads.blank(3, 1, heads.projection, token_ids)
+    examples = held_out(states, token_ids)
+    measured = accuracies(heads, examples)
+    assert measured[0][0] > accuracies(blank, examples)[0][0]
+    assert all(0 <= sum(ranks) <= 1 for ranks in measured)
+    save(heads, tmp_path / "heads", measured, "tiny")
+    loaded = load_heads(tmp_path / "heads", output_projection(tiny_checkpoint().model))
+    assert torch.allclose(loaded.weight, heads.weight, atol=1e-2)
+    assert torch.equal(loaded.token_ids, token_ids)  # type: ignore[arg-type]
+    assert len(json.loads((tmp_path / "heads" / "tree.json").read_text())) <= 64
+    with tiny_engine(methods=["medusa"], adapters={"medusa": tmp_path / "heads"}, tune=False) as engine:
+        options = {"temperature": 0, "max_new_tokens": 24}
+        for prompt in PROMPTS[:4]:
+            messages = [{"role": "user", "content": prompt}]
+            drafted = list(engine.generate(messages, method="medusa", **options))
+            plain = list(engine.generate(messages, method="vanilla", **options))
+            assert "".join(event.text for event in drafted) == "".join(event.text for event in plain)
+        assert engine.counters.accepted > 0
+
+
+def test_benchmark_questions_are_left_out(tmp_path: Path) -> None:
+    question = "Compose an engaging travel blog post about a recent trip to Hawaii, highlighting cultural experiences"
+    (tmp_path / "bench.jsonl").write_text(
+        json.dumps({"question_id": 1, "turns": [question, "Shorter."]}) + "\n" + json.dumps({"prompt": "def f(): pass"})
+    )
+    near = "Please: compose an engaging travel blog post about a recent trip to Hawaii, highlighting food and beaches"
+    prompts = [question.upper(), near, "shorter", "DEF f() pass", "What is new?", "What is new?", "x" * 99]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    benchmarks = Benchmarks(read_questions([tmp_path / "bench.jsonl"]))
+    assert load_prompts(tmp_path / "prompts.jsonl", benchmarks, count=None, seed=0, longest=90) == ["What is new?"]
+    (tmp_path / "prompts.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match="every line must be an object with a prompt"):
+        load_prompts(tmp_path / "prompts.jsonl", benchmarks, count=None, seed=0, longest=90)

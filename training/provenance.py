@@ -1,0 +1,47 @@
+"""Where trained weights came from."""
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from training.answers import Answer
+
+
+def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned: Sequence[Answer]) -> dict[str, Any]:
+    """What a trainer was run with, on what; digests tell whether another run would see the same.
+
+    Args:
+        command: the trainer's module.
+        options: its settings by name.
+        prompts: the file of prompts.
+        learned: the answers that it learned from.
+    """
+    digest = hashlib.sha256()
+    for answer in learned:
+        digest.update(json.dumps([answer.prompt, answer.answer]).encode())
+    return {
+        "command": f"python -m {command} "
+        + " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items()),
+        "prompts": {"file": prompts.name, "sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()},
+        "answers": {
+            "count": len(learned),
+            "tokens": sum(len(answer.answer) for answer in learned),
+            "sha256": digest.hexdigest(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "platform": f"{platform.machine()} {sys.platform}",
+    }
