@@ -67,6 +67,7 @@ class DraftSettings(Wire):
         bool | None, Field(validation_alias=AliasChoices("pool_from_prompt", "POOL_FROM_PROMPT"))
     ] = None
 
+    tree: str | None = None  # medusa: a published tree by name, instead of what is most probable in each step
     shared_pool: bool | None = None  # lookahead: read and feed the n-grams of all requests that do
     acceptance: Literal["exact", "typical"] | None = None
     posterior_threshold: Annotated[Number | None, Field(gt=0, le=1)] = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from protocol.errors import ErrorCode, RequestError
 from protocol.generation import DraftSettings, GenerateParams
+from workers.decoding.medusa import published_trees
 from workers.model.sampling import Sampling
 from workers.prompts import Prompt, PromptRenderer
 from workers.request import GenerationRequest
@@ -120,7 +121,10 @@ def _draft(params: GenerateParams, limits: Limits) -> DraftSettings:
 
 
 def check_draft(draft: DraftSettings, context_length: int) -> None:
-    """Refuse a lookahead window that no context could hold. Raises RequestError."""
+    """Refuse a lookahead window that no context could hold, and unknown trees. Raises RequestError."""
+    if draft.tree and draft.tree not in published_trees():
+        known = ", ".join(published_trees())
+        raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, f"draft.tree: unknown tree {draft.tree!r}; known: {known}")
     if draft.window and draft.window + (draft.level or 3) > context_length:
         message = f"draft.window: {draft.window} does not fit into the context of {context_length} tokens"
         raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, message)

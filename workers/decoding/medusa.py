@@ -1,13 +1,17 @@
 """Medusa: heads on the last hidden state guess the next tokens, and a sparse tree of their best guesses is drafted."""
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 from itertools import islice
+from math import prod
+from pathlib import Path
 
 import torch
 
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
-from workers.decoding.sparse_tree import best_paths
+from workers.decoding.sparse_tree import RankPath, SparseTree, best_paths, read_trees
 from workers.decoding.trie import Trie
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 from workers.model.verification import ROOT
@@ -35,14 +39,13 @@ class Medusa(Method):
         ready = [index for index, thread in enumerate(threads) if STATE in thread.state]
         if not ready:
             return trees
-        most = [min(threads[index].draft.nodes or MOST_NODES, budget.rows) for index in ready]
-        depth = min(len(self._heads), max(most), max(threads[index].remaining for index in ready))
+        depth = min(len(self._heads), max(_depth(threads[index], budget) for index in ready))
         if depth < 1:
             return trees
         hidden = torch.stack([threads[index].state[STATE] for index in ready])
-        tokens, chances = self._heads.guesses(hidden, depth, min(WIDTH, max(most)))
-        for index, rows, own_tokens, own_chances in zip(ready, most, tokens, chances, strict=True):
-            trees[index] = _tree(threads[index], rows, own_tokens, own_chances, budget)
+        tokens, chances = self._heads.guesses(hidden, depth, WIDTH)
+        for index, own_tokens, own_chances in zip(ready, tokens, chances, strict=True):
+            trees[index] = _tree(threads[index], own_tokens, own_chances, budget)
         return trees
 
     def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
@@ -51,14 +54,35 @@ class Medusa(Method):
             thread.state[STATE] = outcome.hidden[last].clone()  # a view would keep the whole step
 
 
-def _tree(
-    thread: DraftThread, most: int, tokens: list[list[int]], chances: list[list[float]], budget: Budget
-) -> TokenTree:
-    nodes = list(islice(best_paths(chances[: max(0, thread.remaining)]), most))
-    if not thread.draft.nodes:
-        nodes = nodes[: budget.worth(thread, [chance for _, chance in nodes])]
+@cache
+def published_trees() -> dict[str, SparseTree]:
+    """Medusa's own trees by name."""
+    return read_trees(Path(str(files("configs") / "trees" / "medusa.json")))
+
+
+def _depth(thread: DraftThread, budget: Budget) -> int:
+    """How many heads a thread's tree can use."""
+    tree = published_trees()[thread.draft.tree].depth if thread.draft.tree else MOST_NODES
+    return min(tree, _most(thread, budget), thread.remaining)
+
+
+def _most(thread: DraftThread, budget: Budget) -> int:
+    return min(thread.draft.nodes or MOST_NODES, budget.rows)
+
+
+def _tree(thread: DraftThread, tokens: list[list[int]], chances: list[list[float]], budget: Budget) -> TokenTree:
     trie = Trie(needs=Needs.HIDDEN)
-    rows: dict[tuple[int, ...], int] = {(): ROOT}
-    for path, chance in nodes:
+    rows: dict[RankPath, int] = {(): ROOT}
+    for path, chance in _nodes(thread, chances[: thread.remaining], budget):
         rows[path] = trie.add(rows[path[:-1]], tokens[len(path) - 1][path[-1]], chance)
     return trie.tree()
+
+
+def _nodes(thread: DraftThread, chances: list[list[float]], budget: Budget) -> list[tuple[RankPath, float]]:
+    """Paths and their probabilities: the wished tree's, else the most probable ones."""
+    most = _most(thread, budget)
+    if thread.draft.tree:
+        paths = [path for path in published_trees()[thread.draft.tree].paths if len(path) <= len(chances)]
+        return [(path, prod(ranks[rank] for ranks, rank in zip(chances, path, strict=False))) for path in paths[:most]]
+    nodes = list(islice(best_paths(chances), most))
+    return nodes if thread.draft.nodes else nodes[: budget.worth(thread, [chance for _, chance in nodes])]
