@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
@@ -18,13 +20,14 @@ from benchmarks.settings import Setting, decode
 from benchmarks.table import table
 from protocol.generation import DraftSettings
 from traces.datasets import load_datasets
-from training.answers import TOGETHER, Answer
-from workers.decoding.interface import Budget, Method
+from training.answers import TOGETHER, Answer, Key
+from training.hidden import hidden_states
+from workers.decoding.interface import Budget, Method, Outcome
 from workers.decoding.registry import make_method
 from workers.engine import Engine
 from workers.model.sampling import Sampling
-from workers.model.tree import TokenTree
-from workers.model.verification import ROOT, path_tokens, walk
+from workers.model.tree import Needs, TokenTree
+from workers.model.verification import ROOT, Walk, path_tokens, walk
 from workers.warm_up import WarmUp
 
 ROWS = 256
@@ -63,20 +66,35 @@ class KnownChoices(Mapping[int, int]):
         return 1 + len(self._tree)
 
 
-def replay(method: Method, answer: Answer, draft: DraftSettings) -> list[int]:
-    """Tokens emitted in every step."""
+def replay(method: Method, answer: Answer, draft: DraftSettings, states: np.ndarray | None = None) -> list[int]:
+    """Tokens emitted in every step.
+
+    Args:
+        states: float[n, hidden] from which the answer's tokens were chosen, for methods that ask for hidden states.
+    """
     thread = ReplayedThread(list(answer.prompt), len(answer.prompt), answer.new_tokens, draft)
     emitted: list[int] = []
     done = 0
     while done < len(answer.answer):
         continuation = answer.answer[done:]
         tree = method.draft([thread], Budget(ROWS))[0]
-        taken = walk(tree, KnownChoices(tree, continuation), limit=len(continuation), terminal=()).token_ids
-        emitted.append(len(taken))
-        thread.token_ids += taken
-        thread.remaining -= len(taken)
-        done += len(taken)
+        taken = walk(tree, KnownChoices(tree, continuation), limit=len(continuation), terminal=())
+        count = len(taken.token_ids)
+        emitted.append(count)
+        thread.token_ids += taken.token_ids
+        thread.remaining -= count
+        done += count
+        if states is not None and done < len(answer.answer):
+            method.observe([thread], [_outcome(tree, taken, states[done - 1])])
     return emitted
+
+
+def _outcome(tree: TokenTree, taken: Walk, state: np.ndarray) -> Outcome:
+    """What a method hears of a step: of the hidden states, that of the row that chose the last token."""
+    hidden = torch.zeros(1 + len(tree), len(state))
+    hidden[1 + taken.rows[-1] if taken.rows else 0] = torch.from_numpy(state.astype(np.float32))
+    nothing = torch.zeros(1 + len(tree), 0)
+    return Outcome(tree, taken.rows, taken.token_ids, nothing, hidden, range(len(nothing)), range(len(hidden)))
 
 
 def main(
@@ -97,14 +115,29 @@ def main(
     with Engine.load(model_path, method=methods, kv_tokens=KV_TOKENS, max_requests=TOGETHER, tune=False) as engine:
         WarmUp(engine, model_path, measure=False).wait()
         turns = vanilla_answers(engine, asked, new_tokens, answers)
-        steps = [[replay(make_method(one.method), turn.answer, one.draft) for turn in turns] for one in wanted]
+        states = states_of(engine, [turn.answer for turn in turns], answers.parent) if engine.adapters else {}
+        steps = [[replayed(engine, one, turn.answer, states) for turn in turns] for one in wanted]
         for line in table(turns, {name: list(map(len, taken)) for name, taken in zip(settings, steps, strict=True)}):
             print(line)
         for place in range(0, len(turns), max(1, len(turns) // check)) if check else []:
-            for setting, replayed in zip(wanted, steps, strict=True):
+            for setting, taken in zip(wanted, steps, strict=True):
                 decoded = list(map(len, decode(engine, setting, turns[place])))
-                same = "as replayed" if decoded == replayed[place] else f"replayed: {len(replayed[place])}"
+                same = "as replayed" if decoded == taken[place] else f"replayed: {len(taken[place])}"
                 print(f"{setting.name}: decoded turn {place} in {len(decoded)} steps, {same}")
+
+
+def states_of(engine: Engine, known: list[Answer], folder: Path) -> dict[Key, np.ndarray]:
+    """The hidden states from which each answer was chosen: one forward pass an answer, kept in ``folder``."""
+    found = engine.between_steps(lambda runner: hidden_states(runner.model, known, 0, folder)).result()
+    ends = np.cumsum([len(answer.answer) for answer in known])
+    return {answer.key: part for answer, part in zip(known, np.split(found.states, ends[:-1]), strict=True)}
+
+
+def replayed(engine: Engine, setting: Setting, answer: Answer, states: Mapping[Key, np.ndarray]) -> list[int]:
+    """Tokens emitted in every step of a setting."""
+    method = make_method(setting.method, engine.adapters)
+    wants_states = bool(method.root_needs & Needs.HIDDEN)
+    return replay(method, answer, setting.draft, states[answer.key] if wants_states else None)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import typer
 
 from benchmarks.answers import Turn
 from protocol.generation import DraftSettings
-from workers.decoding.registry import UnknownMethod, make_method
+from workers.decoding.registry import UnknownMethod, check_method
 from workers.engine import Engine
 
 
@@ -24,7 +24,7 @@ class Setting:
         """Read ``method:key=value,key=value``. Raises typer.BadParameter."""
         method, _, sizes = text.partition(":")
         try:
-            make_method(method)
+            check_method(method)
             pairs: dict[str, Any] = dict(size.split("=", 1) for size in sizes.split(",") if size)
             return cls(text, method, DraftSettings.model_validate(pairs))
         except (UnknownMethod, ValueError) as error:

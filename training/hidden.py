@@ -92,7 +92,9 @@ def _group(answers: Sequence[Answer], order: Sequence[int]) -> list[int]:
 def _following(answer: Sequence[int], ahead: int) -> np.ndarray:
     """int32[n, ahead]: behind each of the n tokens."""
     padded = np.array([*answer, *[-1] * ahead], dtype=np.int32)
-    return np.stack([padded[1 + step : 1 + step + len(answer)] for step in range(ahead)], axis=1)
+    places = np.arange(len(answer))[:, None] + np.arange(1, 1 + ahead)
+    following: np.ndarray = padded[places]
+    return following
 
 
 def _digest(model: PreTrainedModel, answers: Sequence[Answer]) -> str:

@@ -6,6 +6,7 @@ decodes, on the user's own model object, which is as it was afterwards.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from protocol.generation import DraftSettings
 from workers.core import EngineCore
-from workers.decoding.registry import make_method
+from workers.decoding.interface import BadAdapter, Method
+from workers.decoding.registry import check_method, load_adapters, make_method
 from workers.model import linear
 from workers.model.pages import PAGE_ROWS, pages_for
+from workers.model.quantization import output_projection
 from workers.model.runner import ModelRunner
 from workers.model.sampling import Sampling
 from workers.request import Event, GenerationRequest
@@ -28,20 +31,26 @@ NOT_RETURNED = ("output_scores", "output_logits", "output_attentions", "output_h
 Decode = Callable[..., torch.Tensor | GenerateDecoderOnlyOutput]
 
 
-def custom_generate(method: str = "lookahead", *, streamer: Any = None, **draft: Any) -> Decode:
+def custom_generate(
+    method: str = "lookahead", *, adapter: str | Path | None = None, streamer: Any = None, **draft: Any
+) -> Decode:
     """What ``model.generate`` takes as ``custom_generate`` to decode with ``method``.
 
     Greedy answers are those of ``generate``; sampled ones have its distribution and repeat by ``torch.manual_seed``.
 
     Args:
         method: a name as ``polydecode worker --method`` takes it.
+        adapter: trained weights, for methods that need them.
         streamer: one of transformers'. ``generate`` does not hand its own on to what it calls here.
         draft: sizes of its drafts, as in a request: ``nodes``, ``window``, ``level``, ``guesses``, …
 
     Raises:
-        UnknownMethod, ValueError: no such method, or a size that is none.
+        UnknownMethod, BadAdapter, ValueError: no such method, no weights for it, or a size that is none.
     """
-    make_method(method)
+    kind = check_method(method)
+    if kind and adapter is None:
+        raise BadAdapter(f"method {method!r} needs trained weights: give adapter=PATH")
+    paths = {kind: Path(adapter)} if adapter else {}
     settings = DraftSettings.model_validate(draft)
 
     def decode(
@@ -62,8 +71,9 @@ def custom_generate(method: str = "lookahead", *, streamer: Any = None, **draft:
         if streamer is not None:
             streamer.put(input_ids.cpu())
         with borrowed(model):
+            decoder = make_method(method, load_adapters(paths, output_projection(model)))
             for start in range(0, len(rows), TOGETHER):
-                _decode(model, method, rows[start : start + TOGETHER], settings, streamer)
+                _decode(model, decoder, rows[start : start + TOGETHER], settings, streamer)
         if streamer is not None:
             streamer.end()
         sequences = _padded(input_ids, rows, generation_config)
@@ -149,13 +159,11 @@ def _check(model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationCo
         raise ValueError(f"custom_generate returns sequences alone: {wanted[0]} is not supported")
 
 
-def _decode(model: PreTrainedModel, method: str, rows: list[_Row], draft: DraftSettings, streamer: Any) -> None:
-    requests = [row.request(method, draft) for row in rows]
+def _decode(model: PreTrainedModel, method: Method, rows: list[_Row], draft: DraftSettings, streamer: Any) -> None:
+    requests = [row.request(method.name, draft) for row in rows]
     pages = sum(pages_for(len(request.prompt) + request.max_new_tokens) + 2 for request in requests)
     runner = ModelRunner(model, kv_tokens=pages * PAGE_ROWS)
-    core = EngineCore(
-        runner, NoText(), {method: make_method(method)}, max_requests=len(rows), describe=lambda request: None
-    )
+    core = EngineCore(runner, NoText(), {method.name: method}, max_requests=len(rows), describe=lambda request: None)
     failures: list[Exception] = []
 
     def sink(row: _Row) -> Callable[[Event], None]:

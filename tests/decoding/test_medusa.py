@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from benchmarks.replay import ReplayedThread
+from polydecode import custom_generate
 from protocol.generation import DraftSettings
 from tests.decoding.test_methods import answers, assert_same, requests
 from tests.support.tiny import tiny_checkpoint, tiny_engine
@@ -282,6 +283,20 @@ def test_sampled_equals_vanilla_by_seed(method: str, tmp_path: Path) -> None:
         plain = answers(engine, requests(method="vanilla", **warps))
         assert answers(engine, requests(method=method, **warps)) == plain
         assert [answers(engine, [request])[0] for request in requests(method=method, **warps)] == plain
+
+
+def test_inside_generate(tmp_path: Path) -> None:
+    model, heads = tiny_checkpoint().model, heads_for("llama", tmp_path)
+    inputs = {
+        "input_ids": torch.tensor([[65, 66, 67] * 4]),
+        "max_new_tokens": 30,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    ours = model.generate(**inputs, custom_generate=custom_generate("medusa", adapter=heads, nodes=20))
+    assert torch.equal(ours, model.generate(**inputs))
+    with pytest.raises(BadAdapter, match="give adapter=PATH"):
+        custom_generate("medusa")
 
 
 def test_preempted_requests_go_on_with_the_same_answer(tmp_path: Path) -> None:

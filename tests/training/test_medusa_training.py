@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.answers import Turn
+from benchmarks.replay import replayed, states_of
+from benchmarks.settings import Setting, decode
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from training.answers import Answer, AnswerFile, answers
 from training.hidden import HiddenStates, hidden_states
@@ -96,12 +99,12 @@ def test_trained_heads_are_saved_loaded_and_accepted(
     assert torch.equal(loaded.token_ids, token_ids)  # type: ignore[arg-type]
     assert len(json.loads((tmp_path / "heads" / "tree.json").read_text())) <= 64
     with tiny_engine(methods=["medusa"], adapters={"medusa": tmp_path / "heads"}, tune=False) as engine:
-        options = {"temperature": 0, "max_new_tokens": 24}
-        for prompt in PROMPTS[:4]:
-            messages = [{"role": "user", "content": prompt}]
-            drafted = list(engine.generate(messages, method="medusa", **options))
-            plain = list(engine.generate(messages, method="vanilla", **options))
-            assert "".join(event.text for event in drafted) == "".join(event.text for event in plain)
+        setting, states_by_answer = Setting.parse("medusa:nodes=12"), states_of(engine, learned, tmp_path)
+        for prompt, known in zip(PROMPTS[:6], learned, strict=False):
+            turn = Turn("set", "", 0, 0, [{"role": "user", "content": prompt}], known)
+            decoded = decode(engine, setting, turn)
+            assert [token for tokens in decoded for token in tokens] == known.answer
+            assert list(map(len, decoded)) == replayed(engine, setting, known, states_by_answer)
         assert engine.counters.accepted > 0
 
 
