@@ -19,7 +19,7 @@ from workers.model.pages import distinct_rows
 from workers.model.runner import ModelRunner, StepOutput
 from workers.model.sampling import Row, choose, top_logprobs, typical
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
-from workers.model.verification import ROOT, Walk, candidate_rows, path_tokens, typical_walk, walk
+from workers.model.verification import ROOT, Walk, Walker, candidate_rows, path_tokens
 from workers.pace import Pacer, Part
 from workers.request import Event, GenerationRequest, Request, Sink, Thread, TokenReport
 from workers.scheduler import Scheduler, Turn
@@ -175,28 +175,21 @@ class EngineCore:
         return Run(turn.token_ids, thread.table, tree, last_needs=last, needs=needs)
 
     def _verify(self, step: Step) -> list[Walk | None]:
-        rows: list[Row] = []
-        nodes: list[tuple[int, int]] = []
-        for index, (turn, tree) in enumerate(zip(step.turns, step.trees, strict=True)):
-            if not turn.completes:
-                continue
-            for node in (ROOT, *candidate_rows(tree)):
-                rows.append(_row(turn.thread, path_tokens(tree, node)))
-                nodes.append((index, node))
-        wanted = [step.logit_index[step.places[index].row(node)] for index, node in nodes]
-        chosen = choose(_select(step.output.logits, wanted), rows)
-        choices: list[dict[int, int]] = [{} for _ in step.turns]
-        for (index, node), token in zip(nodes, chosen, strict=True):
-            choices[index][node] = token
-        return [
-            self._walk(step, index, choices[index]) if turn.completes else None for index, turn in enumerate(step.turns)
-        ]
+        """All threads together, a token further in each round."""
+        walkers = {index: self._walker(step, index) for index, turn in enumerate(step.turns) if turn.completes}
+        while going := {index: walker for index, walker in walkers.items() if not walker.done}:
+            wanted = [step.logit_index[step.places[index].row(walker.node)] for index, walker in going.items()]
+            rows = [_row(step.turns[index].thread, walker.walk.token_ids) for index, walker in going.items()]
+            for walker, token in zip(going.values(), choose(_select(step.output.logits, wanted), rows), strict=True):
+                walker.take(token)
+        return [walkers[index].walk if index in walkers else None for index in range(len(step.turns))]
 
-    def _walk(self, step: Step, index: int, choices: Mapping[int, int]) -> Walk:
+    def _walker(self, step: Step, index: int) -> Walker:
         thread, tree = step.turns[index].thread, step.trees[index]
         spec = thread.request.spec
+        walker = Walker(tree, limit=thread.remaining, terminal=spec.stop_token_ids)
         if spec.is_exact or not tree:
-            return walk(tree, choices, limit=thread.remaining, terminal=spec.stop_token_ids)
+            return walker
         drafted = candidate_rows(tree)
         parents = [tree.parents[row] for row in drafted]
         scores = typical(
@@ -206,8 +199,8 @@ class EngineCore:
             threshold=spec.draft.posterior_threshold or POSTERIOR_THRESHOLD,
             alpha=spec.draft.posterior_alpha or POSTERIOR_ALPHA,
         )
-        accepted = {row: score for row, score in zip(drafted, scores, strict=True) if score is not None}
-        return typical_walk(tree, choices, accepted, limit=thread.remaining, terminal=spec.stop_token_ids)
+        walker.accept({row: score for row, score in zip(drafted, scores, strict=True) if score is not None})
+        return walker
 
     # ---- apply: the step happened ----------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The equality tests notice faults: each mutation of drafting or verification changes some answer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,26 +11,28 @@ from tests.support.tiny import tiny_engine
 from workers import core
 from workers.decoding.ngram import Ngram
 from workers.model.tree import TokenTree
-from workers.model.verification import ROOT, Walk
+from workers.model.verification import Walker
 
 
-def greedy_for_length(tree: TokenTree, choices: Mapping[int, int], *, limit: int, terminal: Any) -> Walk:
+class AcceptsTheFirstChild(Walker):
     """A wrong acceptance rule: the first child is accepted, whatever the model chose."""
-    if limit < 2 or not tree:
-        return Walk([], [choices[ROOT]])
-    return Walk([0], [tree.token_ids[0], choices[0]])
+
+    def take(self, token: int) -> None:
+        first = [key for key in self._children if key[0] == self.node]
+        super().take(first[0][1] if first else token)
 
 
-def swapped_children(tree: TokenTree, choices: Mapping[int, int], *, limit: int, terminal: Any) -> Walk:
+class SwapsChildren(Walker):
     """The right child's token is emitted, but its sibling's row is kept and followed."""
-    right = core_walk(tree, choices, limit=limit, terminal=terminal)
-    siblings = [row for row, parent in enumerate(tree.parents) if parent == ROOT and row not in right.rows]
-    if not right.rows or not siblings or limit < 2:
-        return right
-    return Walk([siblings[0]], [right.token_ids[0], choices[siblings[0]]])
+
+    def take(self, token: int) -> None:
+        parent = self.node
+        super().take(token)
+        siblings = [row for (above, _), row in self._children.items() if above == parent and row != self.node]
+        if self.node != parent and siblings:
+            self.node = self.walk.rows[-1] = siblings[0]
 
 
-core_walk = core.walk
 draft = Ngram.draft
 
 
@@ -50,8 +52,8 @@ def answered(patch: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("target", "name", "mutant"),
     [
-        (core, "walk", greedy_for_length),
-        (core, "walk", swapped_children),
+        (core, "Walker", AcceptsTheFirstChild),
+        (core, "Walker", SwapsChildren),
         (Ngram, "draft", positions_off_by_one),
     ],
 )

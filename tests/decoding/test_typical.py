@@ -10,7 +10,7 @@ from tests.decoding.test_methods import answers, requests
 from tests.support.tiny import tiny_engine
 from workers.model.sampling import Row, Sampling, typical
 from workers.model.tree import TokenTree
-from workers.model.verification import ROOT, typical_walk
+from workers.model.verification import ROOT, Walker
 
 #      root
 #     0    1
@@ -34,8 +34,12 @@ CHOICES = {ROOT: 1, 0: 2, 1: 3, 2: 4, 3: 5, 4: 6}
 def test_the_longest_typical_path_is_kept(
     scores: dict[int, float], limit: int, terminal: Any, rows: list[int], token_ids: list[int]
 ) -> None:
-    taken = typical_walk(TREE, CHOICES, scores, limit=limit, terminal=terminal)
-    assert (taken.rows, taken.token_ids) == (rows, token_ids)
+    walker = Walker(TREE, limit=limit, terminal=terminal)
+    walker.accept(scores)
+    if not walker.done:
+        walker.take(CHOICES[walker.node])
+    assert walker.done
+    assert (walker.walk.rows, walker.walk.token_ids) == (rows, token_ids)
 
 
 @pytest.mark.parametrize(
