@@ -15,6 +15,7 @@ import torch
 
 GREEDY_BELOW = 1e-5  # temperatures
 GREEDY_TOP_P = 1e-8
+NUCLEUS = 256  # tokens that nearly always hold the mass of top-p: finding them costs a tenth of sorting all
 
 
 @dataclass(frozen=True)
@@ -182,10 +183,20 @@ def _keep_top_k(scores: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
 
 def _keep_top_p(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Keep the smallest set of most probable tokens whose mass reaches ``top_p`` (ties with its last one stay)."""
-    ordered = probabilities.sort(dim=-1, descending=True).values
+    few = probabilities.topk(min(NUCLEUS, probabilities.shape[-1]), dim=-1).values
+    floor = _nucleus_floor(few, top_p)
+    large = ((few.sum(-1) < top_p[:, 0]) & (top_p[:, 0] < 1)).nonzero()[:, 0]
+    if len(large):
+        ordered = probabilities[large].sort(dim=-1, descending=True).values
+        floor[large] = _nucleus_floor(ordered, top_p[large])
+    return probabilities.masked_fill((probabilities < floor) & (top_p < 1), 0)
+
+
+def _nucleus_floor(ordered: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """float[R, 1]: the least of falling probabilities that belongs to the nucleus."""
     before = ordered.cumsum(-1) - ordered
-    kept = ((before < top_p) | (top_p >= 1)).sum(-1, keepdim=True).clamp(min=1)
-    return probabilities.masked_fill(probabilities < ordered.gather(-1, kept - 1), 0)
+    kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+    return ordered.gather(-1, kept - 1)
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
