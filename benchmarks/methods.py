@@ -28,7 +28,6 @@ from workers.engine import Engine
 from workers.warm_up import WarmUp
 
 KV_TOKENS = 65536
-TOGETHER = 8
 SAMPLED = {"temperature": 0.7, "top_p": 0.95, "seed": 7}
 
 
@@ -99,6 +98,7 @@ def main(
     datasets: Annotated[str, typer.Option(help="names or JSONL files, separated by commas")] = "vicuna_bench,mt_bench",
     per_category: Annotated[int | None, typer.Option(min=1, help="questions; by default all")] = None,
     sampled: Annotated[bool, typer.Option("--sampled", help=f"with {SAMPLED} instead of greedy")] = False,
+    together: Annotated[int, typer.Option(min=1, help="turns decoded at a time; a step holds 512 rows")] = 8,
     model_path: str = "smollm2-135m",
     new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     answers: Annotated[Path, typer.Option(help="where the model's answers are kept")] = Path("runs/answers.jsonl"),
@@ -115,7 +115,7 @@ def main(
         turns = vanilla_answers(engine, asked, new_tokens, answers)
         results = Results(out)
         columns: dict[str, list[Result]] = {}
-        with ThreadPoolExecutor(TOGETHER) as pool:
+        with ThreadPoolExecutor(together) as pool:
             for setting in wanted:
                 work = partial(results.of, engine, setting, sampled=sampled)
                 columns[setting.name] = list(pool.map(work, turns))
