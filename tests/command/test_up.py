@@ -20,7 +20,8 @@ def _deployment(**keys: object) -> Deployment:
 def test_the_demo_is_packaged_and_complete() -> None:
     demo = load_deployment("demo")
     assert (demo.controller.port, demo.page.port) == (21001, 7860)
-    assert [(section.model, section.methods) for section in demo.workers] == [("smollm2-135m", ["vanilla", "ngram", "lookahead"])]
+    (worker,) = demo.workers
+    assert (worker.model, worker.methods) == ("smollm2-135m", ["vanilla", "ngram", "lookahead"])
 
 
 @pytest.mark.parametrize(
