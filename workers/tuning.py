@@ -8,6 +8,7 @@ from workers.model.curve import LatencyCurve
 MEMORY = 20.0  # expected acceptances after which the past counts half
 RECOVERY = 0.98  # a step without a draft
 PRIOR = 1.0  # acceptances that a method's own estimate is worth
+MARGIN = 1.03  # a draft must promise this much more: estimates err, and drafts cost time outside the forward pass
 
 
 class Tuner:
@@ -68,7 +69,7 @@ class _Tuned(Budget):
 
     def worth(self, thread: DraftThread, chances: Sequence[float], *, beside: int = 0) -> int:
         scale = min(1.0 / max(chances, default=1.0), trust(thread))
-        gain, best, best_rate = 0.0, 0, self._rate(beside, 0.0)
+        gain, best, best_rate = 0.0, 0, MARGIN * self._rate(beside, 0.0)
         for count, chance in enumerate(chances[: self.rows], 1):
             gain += scale * chance
             rate = self._rate(beside + count, gain)
@@ -78,7 +79,7 @@ class _Tuned(Budget):
 
     def best(self, options: Sequence[tuple[int, float]], default: int) -> int | None:
         rates = [self._rate(rows, gain) for rows, gain in options]
-        return rates.index(max(rates)) if max(rates) > self._rate(0, 0.0) else None
+        return rates.index(max(rates)) if max(rates) > MARGIN * self._rate(0, 0.0) else None
 
     def _rate(self, rows: int, gain: float) -> float:
         """Tokens a millisecond if every drafting thread adds so many rows and gains so many tokens."""
