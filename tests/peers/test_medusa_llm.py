@@ -59,7 +59,7 @@ def test_the_same_greedy_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             expected = answer(theirs, prompt).replace("\ufffd", "")  # random bytes: ours drops what is no character
             events = list(engine.generate(prompt, temperature=0, max_new_tokens=64))
             ours = "".join(event.text for event in events)
-            assert len(expected) > STEPS / 2
+            assert len(expected) > STEPS / 4
             assert ours.startswith(expected) or expected.startswith(ours)
             accepted += sum(event.step.threads[0].accepted for event in events if event.step)
     assert accepted > 0
