@@ -58,6 +58,10 @@ class AnswerFile:
         self._add(answer)
         return answer
 
+    def of(self, model: str) -> list[Answer]:
+        """All known answers of a model."""
+        return [answer for answer in self._found.values() if answer.model == model]
+
     def _add(self, answer: Answer) -> None:
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from training.answers import Answer, AnswerFile, answers
 from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule, train
-from training.pictures import loss_curve
+from training.pictures import accuracy_picture, loss_curve
 from training.prompts import Benchmarks, load_prompts, read_questions
 from training.provenance import provenance
 from workers.decoding.heads import MedusaHeads
@@ -117,7 +117,8 @@ def main(
         resume=resume,
     )
     measured = accuracies(trained, held_out(states, token_ids))
-    save(trained, out, measured, checkpoint.name)
+    save(trained, out, checkpoint.name)
+    write_measures(measured, out)
     loss_curve(losses, out / "loss.png")
     (out / "provenance.json").write_text(json.dumps(provenance("training.medusa", options, prompts, learned), indent=1))
     for number, ranks in enumerate(measured):
@@ -180,7 +181,7 @@ def train_heads(
     accelerator = Accelerator()
     shared = projection if token_ids is None else projection[token_ids]
     made = MedusaHeads.blank(heads, layers, shared, token_ids).to(accelerator.device)
-    examples = _examples(states, token_ids, kept=~_is_held_out(states))
+    examples = examples_of(states, token_ids, kept=~_is_held_out(states))
 
     def loss_of(step: int) -> torch.Tensor:
         places = _places(step, batch, len(examples.states), seed)
@@ -214,10 +215,11 @@ def _is_held_out(states: HiddenStates) -> np.ndarray:
 
 def held_out(states: HiddenStates, token_ids: torch.Tensor | None) -> Examples:
     """Places that were not trained on."""
-    return _examples(states, token_ids, kept=_is_held_out(states))
+    return examples_of(states, token_ids, kept=_is_held_out(states))
 
 
-def _examples(states: HiddenStates, token_ids: torch.Tensor | None, kept: np.ndarray) -> Examples:
+def examples_of(states: HiddenStates, token_ids: torch.Tensor | None, kept: np.ndarray) -> Examples:
+    """The places where ``kept`` bool[N] is true, for heads over ``token_ids`` (None: all tokens)."""
     targets = torch.from_numpy(states.following[kept].astype(np.int64))
     if token_ids is not None:
         places = torch.full((int(max(targets.max(), token_ids.max())) + 2,), -2)  # no row: never right
@@ -244,8 +246,8 @@ def accuracies(heads: MedusaHeads, examples: Examples, batch: int = 1024) -> lis
     return measured
 
 
-def save(heads: MedusaHeads, folder: Path, measured: Sequence[Sequence[float]], base: str) -> None:
-    """Heads in bfloat16 in the layout of "version 2", their accuracies and the tree that follows."""
+def save(heads: MedusaHeads, folder: Path, base: str) -> None:
+    """Heads in bfloat16 in the layout of "version 2"."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{head}.{layer}.linear.{name}": getattr(heads, name)[layer, head].detach().to(torch.bfloat16).contiguous()
@@ -259,6 +261,12 @@ def save(heads: MedusaHeads, folder: Path, measured: Sequence[Sequence[float]], 
     config: dict[str, Any] = {"version": "2", "base_model_name_or_path": base}
     config |= {"medusa_num_heads": len(heads), "medusa_num_layers": len(heads.weight)}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def write_measures(measured: Sequence[Sequence[float]], folder: Path) -> None:
+    """Accuracies [head][rank], a picture of them, and the best tree that follows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    accuracy_picture(measured, folder / "accuracies.png")
     rounded = [[round(value, 4) for value in ranks] for ranks in measured]
     (folder / "accuracies.json").write_text(json.dumps(rounded))
     tree = [list(path) for path in search_tree(measured, TREE).paths]

@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_checkpoint, tiny_engine
 from training.answers import Answer, AnswerFile, answers
 from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule
-from training.medusa import accuracies, held_out, most_used, save, train_heads
+from training.medusa import accuracies, held_out, most_used, save, train_heads, write_measures
 from training.prompts import Benchmarks, load_prompts, read_questions
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.medusa_checkpoint import load_heads
@@ -93,7 +93,9 @@ def test_trained_heads_are_saved_loaded_and_accepted(
     measured = accuracies(heads, examples)
     assert measured[0][0] > accuracies(blank, examples)[0][0]
     assert all(0 <= sum(ranks) <= 1 for ranks in measured)
-    save(heads, tmp_path / "heads", measured, "tiny")
+    save(heads, tmp_path / "heads", "tiny")
+    write_measures(measured, tmp_path / "heads")
+    assert (tmp_path / "heads" / "accuracies.png").stat().st_size > 1000
     loaded = load_heads(tmp_path / "heads", output_projection(tiny_checkpoint().model))
     assert torch.allclose(loaded.weight, heads.weight, atol=1e-2)
     assert torch.equal(loaded.token_ids, token_ids)  # type: ignore[arg-type]

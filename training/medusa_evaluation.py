@@ -1,0 +1,47 @@
+"""``python -m training.medusa_evaluation``: how often heads guess right on known answers, and the tree that follows.
+
+A replay: one forward pass over each prompt and the model's own answer gives every head's guesses at every place.
+"""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from training.answers import AnswerFile
+from training.hidden import hidden_states
+from training.medusa import RANKS, accuracies, examples_of, write_measures
+from workers.decoding.interface import BadAdapter
+from workers.decoding.medusa_checkpoint import load_heads
+from workers.model.checkpoint import load_checkpoint
+from workers.model.quantization import output_projection
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    adapter: Annotated[Path, typer.Argument(help="heads of any published layout")],
+    answers: Annotated[Path, typer.Option(help="the model's own answers, as trainers and benchmarks keep them")],
+    out: Annotated[Path, typer.Option(help="folder for accuracies.json, accuracies.png and tree.json")],
+    model_path: str = "smollm2-135m",
+) -> None:
+    """Measure the heads."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    checkpoint = load_checkpoint(model_path, dtype=torch.float32, device=torch.device("cpu"))
+    try:
+        heads = load_heads(adapter, output_projection(checkpoint.model))
+    except BadAdapter as error:
+        raise typer.BadParameter(str(error)) from None
+    known = AnswerFile(answers).of(checkpoint.name)
+    states = hidden_states(checkpoint.model, known, len(heads), answers.parent)
+    measured = accuracies(heads, examples_of(states, heads.token_ids, kept=np.ones(len(states.states), dtype=bool)))
+    write_measures(measured, out)
+    for number, ranks in enumerate(measured):
+        logger.info("head %d: %.1f %% right, %.1f %% in %d guesses", number, 100 * ranks[0], 100 * sum(ranks), RANKS)
+
+
+if __name__ == "__main__":
+    typer.run(main)
