@@ -23,7 +23,7 @@ from workers.model.verification import ROOT
 LEVEL, GUESSES = 5, 7
 # (W, N) from which the tuner chooses, and the tokens a step that such a window adds in the long run to what the text
 # itself offers; without prices it is the second one, published for small models.
-WINDOWS = (((3, 4), 0.12), ((7, 5), 0.2), ((15, 5), 0.25))
+WINDOWS = (((3, 4), 0.12), ((7, 5), 0.3), ((15, 5), 0.39))
 PUBLISHED = 1
 SHARED_GUESSES = 32  # n-grams of a first token in the pool of all requests
 # How often the first token of the latest n-gram was right (of the second latest half as often, and so on), and how
