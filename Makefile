@@ -7,7 +7,7 @@ TORCH := 2.13.0
 PACKAGES := protocol controller workers training traces webui polydecode configs benchmarks
 RUNS ?= runs
 
-.PHONY: help install demo test verify check format trace bench clean
+.PHONY: help install demo test verify check format trace bench train-medusa clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -53,6 +53,11 @@ trace: install ## traces of both benchmarks from what `make demo` serves
 
 bench: install ## vanilla beside transformers' generate, and 8 streams beside one
 	$(BIN)/python -m benchmarks.side_by_side
+
+# PROMPTS: JSONL with a prompt a line. AVOID: benchmark files whose questions must not be trained on.
+train-medusa: install ## Medusa heads for the embedded model: PROMPTS=file AVOID="files"
+	$(BIN)/python -m training.medusa --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --resume \
+		--out configs/adapters/smollm2-135m/medusa --cache $(RUNS)/training
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Training prompts, and that none of them is a benchmark's.
+"""Training prompts, and that none of them is a benchmark's. ``python -m training.prompts`` checks a file.
 
 A file of prompts is JSONL with a ``prompt`` a line. A prompt counts as a benchmark's if its words are equal to a
 question's, or if both share 13 words in a row (the rule of GPT-3's and later decontaminations).
@@ -9,6 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Annotated
+
+import typer
 
 GRAM = 13
 
@@ -60,3 +63,21 @@ def read_questions(paths: Iterable[Path]) -> Iterator[str]:
                 fields = json.loads(line)
                 yield from fields.get("turns", [])
                 yield from (fields[key] for key in ("prompt", "instruction", "question") if key in fields)
+
+
+def main(
+    prompts: Annotated[Path, typer.Argument(help="JSONL with a prompt a line")],
+    avoid: Annotated[list[Path], typer.Option(help="benchmark files")],
+) -> None:
+    """Count the prompts that are a benchmark's, or nearly; trainers leave them out."""
+    benchmarks = Benchmarks(read_questions(avoid))
+    everything = Benchmarks([])
+    found = load_prompts(prompts, everything, count=None, seed=0, longest=1 << 30)
+    held = [prompt for prompt in found if benchmarks.holds(prompt)]
+    print(f"{len(found)} prompts, {len(held)} of them a benchmark's or sharing {GRAM} words in a row with one")
+    for prompt in held[:10]:
+        print(f"  {' '.join(prompt.split())[:100]}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
