@@ -13,7 +13,7 @@ from workers.model.runner import ModelRunner
 from workers.request import Request, Thread
 
 DECODE_ROWS = 4  # a run up to this long counts as decoding: it is never chunked
-PREFILL_ROWS_BESIDE_DECODING = 128  # bounds how long a prompt may delay the next token of others
+PREFILL_ROWS_BESIDE_DECODING = 128  # bounds how long a prompt may delay the next token of others, in wide steps
 MIN_CHUNK = 16
 
 
@@ -143,7 +143,7 @@ class Scheduler:
         turns = [Turn(thread, thread.pending) for thread in decoding]
         room -= sum(turn.rows for turn in turns)
         if decoding:
-            room = min(room, PREFILL_ROWS_BESIDE_DECODING)
+            room = min(room, self._rows_beside(sum(turn.rows for turn in turns)))
         for index, thread in enumerate(reading):
             fair = max(MIN_CHUNK, room // (len(reading) - index))
             rows = min(thread.pending, fair, room)
@@ -152,6 +152,11 @@ class Scheduler:
             turns.append(Turn(thread, rows))
             room -= rows
         return turns
+
+    def _rows_beside(self, decoding: int) -> int:
+        """Rows of prompts beside ``decoding`` rows: as many as keep the step on the kernels of narrow ones."""
+        spare = self._runner.narrow_rows - decoding
+        return spare if spare >= MIN_CHUNK else PREFILL_ROWS_BESIDE_DECODING
 
     def _make_room(self, turn: Turn) -> bool:
         """Reserve pages for a turn, preempting later threads; False if the thread itself had to give way."""
