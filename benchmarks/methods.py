@@ -5,29 +5,25 @@ within TIE of each other, a batch of another shape may swap them. Finished turns
 again.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import Annotated
 
 import typer
-from transformers.utils import logging as transformers_logging
 
-from benchmarks.answers import Turn, vanilla_answers
+from benchmarks.answers import Turn
+from benchmarks.opening import answered
 from benchmarks.settings import Setting, decode
 from benchmarks.table import table
 from benchmarks.verify import MOST_TIES, TIE, logit_gap
-from traces.datasets import load_datasets
+from training.kept import Kept
 from workers.engine import Engine
-from workers.warm_up import WarmUp
 
-KV_TOKENS = 65536
 SAMPLED = {"temperature": 0.7, "top_p": 0.95, "seed": 7}
 
 
@@ -52,15 +48,12 @@ class Results:
     """A JSONL file of results; each is appended when it is there."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = Lock()
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self._found = {result.key: result for result in (Result(**json.loads(line)) for line in lines)}
+        self._kept = Kept(path, Result)
 
     def of(self, engine: Engine, setting: Setting, turn: Turn, *, sampled: bool) -> Result:
         """The result of a turn, decoded now unless it is known."""
         answer = turn.answer
-        known = self._found.get((engine.name, setting.name, sampled, answer.new_tokens, tuple(answer.prompt)))
+        known = self._kept.found.get((engine.name, setting.name, sampled, answer.new_tokens, tuple(answer.prompt)))
         if known:
             return known
         steps = decode(engine, setting, turn, **(SAMPLED if sampled else {}))
@@ -74,10 +67,7 @@ class Results:
             steps=list(map(len, steps)),
             verdict=verdict(engine, answer.prompt, list(chain(*steps)), list(chain(*plain)), sampled=sampled),
         )
-        with self._lock:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
+        self._kept.add(result)
         return result
 
 
@@ -105,14 +95,8 @@ def main(
     out: Annotated[Path, typer.Option(help="where results are kept")] = Path("runs/methods.jsonl"),
 ) -> None:
     """Decode what is missing, print tokens per step; exit 1 if an answer is wrong or more than 2 % differ by ties."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     wanted = [Setting.parse(text) for text in settings]
-    asked = [dataset.sample(per_category) for dataset in load_datasets(datasets.split(","))]
-    methods = [setting.method for setting in wanted]
-    with Engine.load(model_path, method=methods, kv_tokens=KV_TOKENS, max_requests=32, tune=False) as engine:
-        WarmUp(engine, model_path, measure=False).wait()
-        turns = vanilla_answers(engine, asked, new_tokens, answers)
+    with answered(wanted, datasets, per_category, model_path, new_tokens, answers) as (engine, turns):
         results = Results(out)
         columns: dict[str, list[Result]] = {}
         with ThreadPoolExecutor(together) as pool:

@@ -13,14 +13,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from transformers.utils import logging as transformers_logging
 
-from benchmarks.answers import vanilla_answers
+from benchmarks.opening import answered
 from benchmarks.settings import Setting, decode
 from benchmarks.table import table
 from protocol.generation import DraftSettings
-from traces.datasets import load_datasets
-from training.answers import TOGETHER, Answer, Key
+from training.answers import Answer, Key
 from training.hidden import hidden_states
 from workers.decoding.interface import Budget, Method, Outcome
 from workers.decoding.registry import make_method
@@ -28,10 +26,8 @@ from workers.engine import Engine
 from workers.model.sampling import Sampling
 from workers.model.tree import Needs, TokenTree
 from workers.model.verification import ROOT, Walk, path_tokens, walk
-from workers.warm_up import WarmUp
 
 ROWS = 256
-KV_TOKENS = 65536
 
 
 @dataclass
@@ -107,14 +103,8 @@ def main(
     check: Annotated[int, typer.Option(min=0, help="answers to decode for real as well")] = 4,
 ) -> None:
     """Print tokens per step by data set and category: ratios of sums."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     wanted = [Setting.parse(text) for text in settings]
-    asked = [dataset.sample(per_category) for dataset in load_datasets(datasets.split(","))]
-    methods = [setting.method for setting in wanted]
-    with Engine.load(model_path, method=methods, kv_tokens=KV_TOKENS, max_requests=TOGETHER, tune=False) as engine:
-        WarmUp(engine, model_path, measure=False).wait()
-        turns = vanilla_answers(engine, asked, new_tokens, answers)
+    with answered(wanted, datasets, per_category, model_path, new_tokens, answers) as (engine, turns):
         states = states_of(engine, [turn.answer for turn in turns], answers.parent) if engine.adapters else {}
         steps = [[replayed(engine, one, turn.answer, states) for turn in turns] for one in wanted]
         for line in table(turns, {name: list(map(len, taken)) for name, taken in zip(settings, steps, strict=True)}):

@@ -10,15 +10,11 @@ from time import perf_counter
 from typing import Annotated
 
 import typer
-from transformers.utils import logging as transformers_logging
 
-from benchmarks.answers import Turn, vanilla_answers
+from benchmarks.answers import Turn
+from benchmarks.opening import answered
 from benchmarks.settings import Setting, decode
-from traces.datasets import load_datasets
 from workers.engine import Engine
-from workers.warm_up import WarmUp
-
-KV_TOKENS = 65536
 
 
 def main(
@@ -30,14 +26,9 @@ def main(
     answers: Annotated[Path, typer.Option(help="where the model's answers are kept")] = Path("runs/answers.jsonl"),
 ) -> None:
     """Print the speed over vanilla's and tokens per step, by data set and category."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     wanted = [Setting.parse("vanilla"), *map(Setting.parse, settings)]
-    asked = [dataset.sample(per_category) for dataset in load_datasets(datasets.split(","))]
-    with Engine.load(model_path, method=[setting.method for setting in wanted], kv_tokens=KV_TOKENS) as engine:
-        WarmUp(engine, model_path).wait()
+    with answered(wanted, datasets, per_category, model_path, new_tokens, answers, tune=True) as (engine, turns):
         print(engine.curve, flush=True)
-        turns = vanilla_answers(engine, asked, new_tokens, answers)
         print("| data set | category | turns | " + " | ".join(f"{one.name} | steps" for one in wanted[1:]) + " |")
         print("|---|---|---:|" + "---:|---:|" * len(settings))
         groups: dict[tuple[str, str], list[Turn]] = {}

@@ -3,14 +3,13 @@
 They are what heads and prompt tokens learn to foresee (self-distillation), and what replays start from.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from protocol.generation import ChatMessage
+from training.kept import Kept
 from workers.engine import Engine
 
 TOGETHER = 32  # conversations that are answered in common forward passes
@@ -38,15 +37,12 @@ class AnswerFile:
     """A JSONL file of answers; each is appended when it is there, so that an interrupted run goes on where it was."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = Lock()
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self._found = {answer.key: answer for answer in (Answer(**json.loads(line)) for line in lines)}
+        self._kept = Kept(path, Answer)
 
     def answer(self, engine: Engine, messages: Messages, new_tokens: int) -> Answer:
         """The answer to a conversation: known, or decoded now."""
         prompt = engine.renderer.render([ChatMessage.model_validate(message) for message in messages]).token_ids
-        if known := self._found.get((engine.name, new_tokens, tuple(prompt))):
+        if known := self._kept.found.get((engine.name, new_tokens, tuple(prompt))):
             return known
         tokens: list[int] = []
         text = ""
@@ -55,19 +51,12 @@ class AnswerFile:
             if event.step:
                 tokens += event.step.threads[0].token_ids
         answer = Answer(engine.name, new_tokens, prompt, tokens, text)
-        self._add(answer)
+        self._kept.add(answer)
         return answer
 
     def of(self, model: str) -> list[Answer]:
         """All known answers of a model."""
-        return [answer for answer in self._found.values() if answer.model == model]
-
-    def _add(self, answer: Answer) -> None:
-        with self._lock:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(asdict(answer)) + "\n")
-            self._found[answer.key] = answer
+        return [answer for answer in self._kept.found.values() if answer.model == model]
 
 
 def answers(

@@ -70,8 +70,9 @@ class Examples:
 
     def batch(self, places: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """float32[B, h] and int64[B, heads]."""
-        states = torch.from_numpy(self.states[np.sort(places)].astype(np.float32))
-        return states.to(device), self.targets[torch.from_numpy(np.sort(places))].to(device)
+        places = np.sort(places)
+        states = torch.from_numpy(self.states[places].astype(np.float32))
+        return states.to(device), self.targets[torch.from_numpy(places)].to(device)
 
 
 def main(
@@ -121,24 +122,6 @@ def main(
     write_measures(measured, out)
     loss_curve(losses, out / "loss.png")
     (out / "provenance.json").write_text(json.dumps(provenance("training.medusa", options, prompts, learned), indent=1))
-    for number, ranks in enumerate(measured):
-        logger.info(
-            "head %d: %.1f %% right, %.1f %% among the first %d", number, 100 * ranks[0], 100 * sum(ranks), RANKS
-        )
-
-
-SHOWN = (
-    "model_path",
-    "count",
-    "new_tokens",
-    "heads",
-    "layers",
-    "vocabulary",
-    "epochs",
-    "batch",
-    "learning_rate",
-    "seed",
-)
 
 
 def own_answers(model_path: str, prompts: Sequence[str], new_tokens: int, path: Path) -> list[Answer]:
@@ -264,7 +247,9 @@ def save(heads: MedusaHeads, folder: Path, base: str) -> None:
 
 
 def write_measures(measured: Sequence[Sequence[float]], folder: Path) -> None:
-    """Accuracies [head][rank], a picture of them, and the best tree that follows."""
+    """Accuracies [head][rank], a picture of them, and the best tree that follows; a line a head in the log."""
+    for head, ranks in enumerate(measured):
+        logger.info("head %d: %.1f %% right, %.1f %% in %d guesses", head, 100 * ranks[0], 100 * sum(ranks), RANKS)
     folder.mkdir(parents=True, exist_ok=True)
     accuracy_picture(measured, folder / "accuracies.png")
     rounded = [[round(value, 4) for value in ranks] for ranks in measured]

@@ -13,13 +13,11 @@ import typer
 
 from training.answers import AnswerFile
 from training.hidden import hidden_states
-from training.medusa import RANKS, accuracies, examples_of, write_measures
+from training.medusa import accuracies, examples_of, write_measures
 from workers.decoding.interface import BadAdapter
 from workers.decoding.medusa_checkpoint import load_heads
 from workers.model.checkpoint import load_checkpoint
 from workers.model.quantization import output_projection
-
-logger = logging.getLogger(__name__)
 
 
 def main(
@@ -39,8 +37,6 @@ def main(
     states = hidden_states(checkpoint.model, known, len(heads), answers.parent)
     measured = accuracies(heads, examples_of(states, heads.token_ids, kept=np.ones(len(states.states), dtype=bool)))
     write_measures(measured, out)
-    for number, ranks in enumerate(measured):
-        logger.info("head %d: %.1f %% right, %.1f %% in %d guesses", number, 100 * ranks[0], 100 * sum(ranks), RANKS)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ Result = TypeVar("Result")
 
 DEFAULT_REQUESTS = 16
 DEFAULT_QUEUE = 256
+UNTRACED = ("banned", "banned_after", "processor")  # of a request's sampling
 
 
 class Engine:
@@ -98,7 +99,7 @@ class Engine:
             needed = {check_method(name) for name in self.methods} - {""}
             checkpoint = load()
             paths = {kind: path for kind in needed if (path := checkpoint.adapter(kind))} | dict(self._adapter_paths)
-            self.adapters = load_adapters(paths, output_projection(checkpoint.model))
+            self.adapters = load_adapters(paths, output_projection(checkpoint.model)) if paths else {}
             decoders = {name: make_method(name, self.adapters) for name in self.methods}
             self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
         except (UnknownMethod, BadAdapter, ValueError) as error:
@@ -370,7 +371,7 @@ class Engine:
             method=spec.method,
             exact=spec.is_exact,
             parameters={
-                **{name: value for name, value in vars(sampling).items() if name not in ("banned", "banned_after")},
+                **{name: value for name, value in vars(sampling).items() if name not in UNTRACED},
                 "max_new_tokens": spec.max_new_tokens,
                 "stop": list(spec.stop_strings),
                 "draft": spec.draft.model_dump(exclude_none=True),

@@ -5,7 +5,8 @@ import pytest
 from benchmarks.replay import ReplayedThread
 from protocol.generation import DraftSettings
 from workers.decoding.interface import Budget
-from workers.decoding.lookahead import Lookahead, Pool, Window, with_guesses
+from workers.decoding.lookahead import Lookahead, Pool, Window
+from workers.decoding.trie import with_paths
 from workers.model.tree import Needs
 from workers.model.verification import ROOT, candidate_rows
 
@@ -73,7 +74,7 @@ def test_the_pool_reads_a_text_once() -> None:
 def test_paths_share_rows_and_keep_a_trees_own_numbers() -> None:
     window = Window([[50, 51]], 3, [Pool(5)])
     window.read_path([7, 1, 2, 3, 7, 1, 2, 4, 7, 50, 9, 6])
-    tree = with_guesses(window.tree(), list(window.guesses(7, most=3).items()))
+    tree = with_paths(window.tree(), list(window.guesses(7, most=3).items()))
     assert tree.token_ids == [50, 51, 50, 1, 9, 6, 2, 4, 3]
     assert list(tree.parents) == [-1, 0, -1, -1, 2, 4, 3, 6, 6]
     assert list(tree.candidate) == [False, False, *[True] * 7]

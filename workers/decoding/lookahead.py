@@ -15,7 +15,7 @@ from random import Random
 import torch
 
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
-from workers.decoding.trie import Trie
+from workers.decoding.trie import with_paths
 from workers.model.sampling import most_probable
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 from workers.model.verification import ROOT
@@ -172,7 +172,7 @@ class Lookahead(Method):
         most = max(0, min(thread.draft.nodes or budget.rows, budget.rows - len(tree)))
         wished = thread.draft.nodes or thread.draft.guesses
         kept = most if wished else budget.worth(thread, [chance for _, chance in nodes[:most]], beside=len(tree))
-        return with_guesses(tree, nodes[: min(most, kept)])
+        return with_paths(tree, nodes[: min(most, kept)])
 
     def _new_window(self, thread: DraftThread, budget: Budget) -> Window:
         """Level 0 of W + N - 3 tokens of the prompt, drawn by the request's seed and the thread's path."""
@@ -197,12 +197,3 @@ def _runs(window: Window, thread: DraftThread, budget: Budget) -> bool:
 def _rows(width: int, level: int) -> int:
     """Of a full window, without the root."""
     return width * (level - 1) - 1
-
-
-def with_guesses(tree: TokenTree, guesses: Sequence[tuple[tuple[int, ...], float]]) -> TokenTree:
-    """The tree and paths behind it, each of which stands behind its beginning."""
-    trie = Trie(tree)
-    rows: dict[tuple[int, ...], int] = {(): ROOT}
-    for path, chance in guesses:
-        rows[path] = trie.add(rows[path[:-1]], path[-1], chance)
-    return trie.tree()

@@ -12,9 +12,8 @@ import torch
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
 from workers.decoding.sparse_tree import RankPath, SparseTree, best_paths, read_trees
-from workers.decoding.trie import Trie
+from workers.decoding.trie import with_paths
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
-from workers.model.verification import ROOT
 
 WIDTH = 10  # guesses of a head, as published
 MOST_NODES = 64  # without a wish
@@ -71,11 +70,9 @@ def _most(thread: DraftThread, budget: Budget) -> int:
 
 
 def _tree(thread: DraftThread, tokens: list[list[int]], chances: list[list[float]], budget: Budget) -> TokenTree:
-    trie = Trie(needs=Needs.HIDDEN)
-    rows: dict[RankPath, int] = {(): ROOT}
-    for path, chance in _nodes(thread, chances[: thread.remaining], budget):
-        rows[path] = trie.add(rows[path[:-1]], tokens[len(path) - 1][path[-1]], chance)
-    return trie.tree()
+    nodes = _nodes(thread, chances[: thread.remaining], budget)
+    paths = ((tuple(tokens[depth][rank] for depth, rank in enumerate(path)), chance) for path, chance in nodes)
+    return with_paths(EMPTY_TREE, paths, needs=Medusa.row_needs)
 
 
 def _nodes(thread: DraftThread, chances: list[list[float]], budget: Budget) -> list[tuple[RankPath, float]]:

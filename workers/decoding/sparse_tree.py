@@ -44,17 +44,6 @@ class SparseTree:
     def depth(self) -> int:
         return max(map(len, self.paths))
 
-    @property
-    def width(self) -> int:
-        """How many guesses of a depth are looked at."""
-        return 1 + max(map(max, self.paths))
-
-    @property
-    def parents(self) -> list[int]:
-        """Node numbers, -1 for the root."""
-        places = {path: place for place, path in enumerate(self.paths)}
-        return [places.get(path[:-1], -1) for path in self.paths]
-
 
 def read_trees(path: Path) -> dict[str, SparseTree]:
     """Trees of a JSON file: a list of paths (named after the file), or an object of them. Raises BadTree."""

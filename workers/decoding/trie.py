@@ -1,5 +1,7 @@
 """Candidates merged into a tree, so that shared prefixes cost one row."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
@@ -67,3 +69,14 @@ class Trie:
                 visible[row] = visible[self._parents[row]]
             visible[row, row] = True
         return visible
+
+
+def with_paths(
+    tree: TokenTree, paths: Iterable[tuple[tuple[int, ...], float]], *, needs: Needs = Needs.NOTHING
+) -> TokenTree:
+    """The tree and candidates behind it: paths of tokens, each behind its beginning, with their probabilities."""
+    trie = Trie(tree, needs=needs)
+    rows: dict[tuple[int, ...], int] = {(): ROOT}
+    for path, chance in paths:
+        rows[path] = trie.add(rows[path[:-1]], path[-1], chance)
+    return trie.tree()
