@@ -12,7 +12,7 @@ from protocol.generation import ChatMessage
 from training.kept import Kept
 from workers.engine import Engine
 
-TOGETHER = 32  # conversations that are answered in common forward passes
+TOGETHER = 48  # conversations that are answered in common forward passes
 
 Messages = list[dict[str, str]]
 Key = tuple[str, int, tuple[int, ...]]  # model, new tokens, prompt

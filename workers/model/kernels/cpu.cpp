@@ -136,7 +136,7 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, int64
   STD_TORCH_CHECK(query.stride(3) == 1 && key.stride(3) == 1 && value.stride(3) == 1, "attend: rows must be contiguous");
   Tensor out = torch::stable::new_empty(query, {1, rows, heads, width});
   Attention attention{current, current.layers[layer], head_rows(query), head_rows(key), head_rows(value), heads, key_heads, (float)scale, window, (float)softcap, sinks ? data<float>(*sinks) : nullptr, data<float>(out), {}};
-  attention.partials.resize(current.partials * heads * attention.partial_width());
+  attention.partials = std::make_unique_for_overwrite<float[]>(current.partials * heads * attention.partial_width());
   attention.store();
   // Head after head: the long chunks, an item's first ones, are spread over the threads.
   torch::stable::parallel_for(0, key_heads * current.items, 1, [&](int64_t first, int64_t last) {
