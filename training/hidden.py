@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from training.answers import Answer
+from training.precision import fast_products, has_fast_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +27,13 @@ class HiddenStates:
 
     Attributes:
         states: float16[N, h]; state i chose a token of an answer.
-        following: int32[N, ahead], that token's successors in the answer; -1 behind its end.
+        chosen: int32[N], that token.
+        following: int32[N, ahead], its successors in the answer; -1 behind its end.
         answer: int32[N], the number of the answer.
     """
 
     states: np.ndarray
+    chosen: np.ndarray
     following: np.ndarray
     answer: np.ndarray
 
@@ -38,12 +41,13 @@ class HiddenStates:
 def hidden_states(model: PreTrainedModel, answers: Sequence[Answer], ahead: int, folder: Path) -> HiddenStates:
     """States of all ``answers``, from ``folder`` if they were computed before."""
     sizes = [len(answer.answer) for answer in answers]
+    chosen = np.concatenate([np.array(answer.answer, dtype=np.int32) for answer in answers])
     following = np.concatenate([_following(answer.answer, ahead) for answer in answers])
     numbers = np.repeat(np.arange(len(answers), dtype=np.int32), sizes)
     path = folder / f"hidden-{_digest(model, answers)}.npy"
     if not path.is_file():
         _compute(model, answers, sum(sizes), path)
-    return HiddenStates(np.load(path, mmap_mode="r"), following, numbers)
+    return HiddenStates(np.load(path, mmap_mode="r"), chosen, following, numbers)
 
 
 def _compute(model: PreTrainedModel, answers: Sequence[Answer], places: int, path: Path) -> None:
@@ -63,7 +67,7 @@ def _compute(model: PreTrainedModel, answers: Sequence[Answer], places: int, pat
         ids = torch.zeros(len(group), max(map(len, paths)), dtype=torch.int64, device=model.device)
         for row, tokens in enumerate(paths):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_products(model.device):
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state.to("cpu", torch.float16).numpy()
         for row, number in enumerate(group):
             first, size = len(answers[number].prompt) - 1, len(answers[number].answer)
@@ -99,7 +103,7 @@ def _following(answer: Sequence[int], ahead: int) -> np.ndarray:
 
 def _digest(model: PreTrainedModel, answers: Sequence[Answer]) -> str:
     """Of the model's weights (a few of them) and the paths."""
-    digest = hashlib.sha256(str(model.dtype).encode())
+    digest = hashlib.sha256(f"{model.dtype} {has_fast_bfloat16(model.device)}".encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     for answer in answers:

@@ -18,21 +18,22 @@ import torch
 import typer
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch.nn.functional import cross_entropy
 
 from training.answers import Answer, AnswerFile, answers
 from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule, train
 from training.pictures import accuracy_picture, loss_curve
+from training.precision import fast_products, has_fast_bfloat16
 from training.prompts import Benchmarks, load_prompts, read_questions
 from training.provenance import provenance
+from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.heads import MedusaHeads
-from workers.decoding.medusa_checkpoint import TOKEN_MAP
+from workers.decoding.medusa_checkpoint import TOKEN_MAP, TOKEN_WEIGHT
 from workers.decoding.sparse_tree import search_tree
 from workers.engine import Engine
 from workers.model.checkpoint import load_checkpoint
 from workers.model.devices import find_device, find_dtype
-from workers.model.quantization import output_projection
+from workers.model.quantization import input_embeddings, output_projection
 from workers.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ SHOWN = (
     "new_tokens",
     "heads",
     "layers",
+    "plain",
     "vocabulary",
     "epochs",
     "batch",
@@ -60,19 +62,21 @@ class Examples:
     """Places to learn from.
 
     Attributes:
-        states: float16[N, h].
+        states: float16[N, h]; chosen: int64[N], the token that each of them chose.
         targets: int64[N, heads], the projection's row of each token ahead; -1 behind the answer's end, -2 for a token
             that the projection lacks.
     """
 
     states: np.ndarray
+    chosen: torch.Tensor
     targets: torch.Tensor
 
-    def batch(self, places: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32[B, h] and int64[B, heads]."""
+    def batch(self, places: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float32[B, h], int64[B] and int64[B, heads]."""
         places = np.sort(places)
         states = torch.from_numpy(self.states[places].astype(np.float32))
-        return states.to(device), self.targets[torch.from_numpy(places)].to(device)
+        rows = torch.from_numpy(places)
+        return states.to(device), self.chosen[rows].to(device), self.targets[rows].to(device)
 
 
 def main(
@@ -85,11 +89,14 @@ def main(
     count: Annotated[int | None, typer.Option(help="prompts; by default all")] = 2000,
     new_tokens: Annotated[int, typer.Option(help="longest answer")] = 192,
     heads: int = 4,
-    layers: int = 1,
+    layers: int = 2,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="read the state alone, as published layouts do, not the chosen token")
+    ] = False,
     vocabulary: Annotated[int, typer.Option(help="tokens that heads guess from, the most used; 0: all")] = 8192,
     epochs: float = 4,
     batch: Annotated[int, typer.Option(help="places a step")] = 1024,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     cache: Annotated[Path, typer.Option(help="answers, hidden states and checkpoints")] = Path("runs/training"),
     resume: Annotated[bool, typer.Option("--resume", help="go on with a training that was killed")] = False,
     seed: int = 0,
@@ -109,6 +116,7 @@ def main(
         states,
         projection,
         token_ids,
+        None if plain else input_embeddings(checkpoint.model).float(),
         heads=heads,
         layers=layers,
         schedule=Schedule(max(1, int(epochs * len(states.states) / batch)), learning_rate),
@@ -150,6 +158,7 @@ def train_heads(
     states: HiddenStates,
     projection: torch.Tensor,
     token_ids: torch.Tensor | None,
+    embeddings: torch.Tensor | None,
     *,
     heads: int,
     layers: int,
@@ -160,22 +169,25 @@ def train_heads(
     resume: bool,
     stop_at: int | None = None,
 ) -> tuple[MedusaHeads, list[float]]:
-    """New heads on ``projection`` float[V, h] and the losses of their training; see :func:`training.loop.train`."""
+    """New heads on ``projection`` float[V, h] and the losses of their training; see :func:`training.loop.train`.
+
+    With ``embeddings`` float[V, h] they read the chosen token too.
+    """
     accelerator = Accelerator()
     shared = projection if token_ids is None else projection[token_ids]
-    made = MedusaHeads.blank(heads, layers, shared, token_ids).to(accelerator.device)
+    made = MedusaHeads.blank(heads, layers, shared, token_ids, embeddings).to(accelerator.device)
     examples = examples_of(states, token_ids, kept=~_is_held_out(states))
+    dtype = torch.bfloat16 if has_fast_bfloat16(accelerator.device) else torch.float32
+    rows = made.projection.to(dtype)
 
     def loss_of(step: int) -> torch.Tensor:
         places = _places(step, batch, len(examples.states), seed)
         mine = places[accelerator.process_index :: accelerator.num_processes]
-        hidden, targets = examples.batch(mine, accelerator.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=accelerator.device.type == "cuda"):
-            logits = made.logits(hidden)
+        hidden, chosen, targets = examples.batch(mine, accelerator.device)
+        with fast_products(accelerator.device):
+            features = made.features(hidden, chosen)
         losses = [
-            DECAY**head * cross_entropy(logits[head].float(), wanted, ignore_index=-1)
-            for head, wanted in enumerate(targets.clamp(min=-1).T)
-            if (wanted >= 0).any()
+            DECAY**head * vocabulary_loss(features[head], rows, wanted, dtype) for head, wanted in enumerate(targets.T)
         ]
         return torch.stack(losses).sum()
 
@@ -209,7 +221,7 @@ def examples_of(states: HiddenStates, token_ids: torch.Tensor | None, kept: np.n
         places[token_ids] = torch.arange(len(token_ids))
         places[-1] = -1  # behind the answer's end: not counted
         targets = places[targets]
-    return Examples(states.states[kept], targets)
+    return Examples(states.states[kept], torch.from_numpy(states.chosen[kept].astype(np.int64)), targets)
 
 
 @torch.inference_mode()
@@ -218,10 +230,9 @@ def accuracies(heads: MedusaHeads, examples: Examples, batch: int = 1024) -> lis
     hits = torch.zeros(len(heads), RANKS)
     counted = torch.zeros(len(heads))
     for start in range(0, len(examples.states), batch):
-        hidden, targets = examples.batch(
-            np.arange(start, min(start + batch, len(examples.states))), torch.device("cpu")
-        )
-        best = heads.logits(hidden).topk(min(RANKS, heads.projection.shape[-2]), dim=-1).indices
+        places = np.arange(start, min(start + batch, len(examples.states)))
+        hidden, chosen, targets = examples.batch(places, heads.weight.device)
+        best = heads.logits(hidden, chosen).topk(min(RANKS, heads.projection.shape[-2]), dim=-1).indices
         for head in range(len(heads)):
             hits[head, : best.shape[-1]] += (best[head] == targets[:, head, None]).sum(0)
             counted[head] += (targets[:, head] != -1).sum()
@@ -232,7 +243,8 @@ def accuracies(heads: MedusaHeads, examples: Examples, batch: int = 1024) -> lis
 def save(heads: MedusaHeads, folder: Path, base: str) -> None:
     """Heads in bfloat16 in the layout of "version 2"."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
+    tensors = {} if heads.token_weight is None else {TOKEN_WEIGHT: heads.token_weight.detach().to(torch.bfloat16)}
+    tensors |= {
         f"{head}.{layer}.linear.{name}": getattr(heads, name)[layer, head].detach().to(torch.bfloat16).contiguous()
         for layer in range(len(heads.weight))
         for head in range(len(heads))

@@ -17,7 +17,6 @@ from training.medusa import accuracies, examples_of, write_measures
 from workers.decoding.interface import BadAdapter
 from workers.decoding.medusa_checkpoint import load_heads
 from workers.model.checkpoint import load_checkpoint
-from workers.model.quantization import output_projection
 
 
 def main(
@@ -30,7 +29,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     checkpoint = load_checkpoint(model_path, dtype=torch.float32, device=torch.device("cpu"))
     try:
-        heads = load_heads(adapter, output_projection(checkpoint.model))
+        heads = load_heads(adapter, checkpoint.model)
     except BadAdapter as error:
         raise typer.BadParameter(str(error)) from None
     known = AnswerFile(answers).of(checkpoint.name)

@@ -19,7 +19,6 @@ from workers.decoding.interface import BadAdapter, Method
 from workers.decoding.registry import check_method, load_adapters, make_method
 from workers.model import linear
 from workers.model.pages import PAGE_ROWS, pages_for
-from workers.model.quantization import output_projection
 from workers.model.runner import ModelRunner
 from workers.model.sampling import Sampling
 from workers.request import Event, GenerationRequest
@@ -71,7 +70,7 @@ def custom_generate(
         if streamer is not None:
             streamer.put(input_ids.cpu())
         with borrowed(model):
-            decoder = make_method(method, load_adapters(paths, output_projection(model)))
+            decoder = make_method(method, load_adapters(paths, model))
             for start in range(0, len(rows), TOGETHER):
                 _decode(model, decoder, rows[start : start + TOGETHER], settings, streamer)
         if streamer is not None:

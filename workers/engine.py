@@ -29,7 +29,6 @@ from workers.model.checkpoint import Checkpoint, ModelLoadError, first_line, loa
 from workers.model.curve import LatencyCurve, latency_curve
 from workers.model.devices import device_name, find_device, find_dtype
 from workers.model.pages import OutOfPages
-from workers.model.quantization import output_projection
 from workers.model.runner import ModelRunner
 from workers.prompts import PromptRenderer
 from workers.request import Event, Request, Sink
@@ -99,7 +98,7 @@ class Engine:
             needed = {check_method(name) for name in self.methods} - {""}
             checkpoint = load()
             paths = {kind: path for kind in needed if (path := checkpoint.adapter(kind))} | dict(self._adapter_paths)
-            self.adapters = load_adapters(paths, output_projection(checkpoint.model)) if paths else {}
+            self.adapters = load_adapters(paths, checkpoint.model)
             decoders = {name: make_method(name, self.adapters) for name in self.methods}
             self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
         except (UnknownMethod, BadAdapter, ValueError) as error:

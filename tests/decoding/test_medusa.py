@@ -26,6 +26,7 @@ from workers.model.quantization import output_projection
 from workers.model.verification import path_tokens
 
 HEADS, TOPK = 3, 10
+ANY = torch.tensor(0)  # the chosen token, for heads that do not read it
 Tensors = dict[str, torch.Tensor]
 
 
@@ -104,11 +105,11 @@ LAYOUTS: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
 def test_every_layout_gives_the_same_logits(tmp_path: Path, layout: str, count: int, layers: int, own: bool) -> None:
     tensors = random_heads(count, layers, own=own)
     name, change = LAYOUTS[layout]
-    loaded = load_heads(write(tmp_path / "heads", name, change(tensors)), output())
+    loaded = load_heads(write(tmp_path / "heads", name, change(tensors)), tiny_checkpoint().model)
     hidden = torch.randn(7, output().shape[1])
     assert len(loaded) == count
-    assert torch.allclose(loaded.logits(hidden), reference(tensors, hidden, count, layers), atol=1e-4)
-    assert torch.allclose(loaded.logits(hidden, 1), reference(tensors, hidden, 1, layers), atol=1e-4)
+    assert torch.allclose(loaded.logits(hidden, ANY), reference(tensors, hidden, count, layers), atol=1e-4)
+    assert torch.allclose(loaded.logits(hidden, ANY, 1), reference(tensors, hidden, 1, layers), atol=1e-4)
 
 
 def test_tied_layers_are_applied_once_for_each_key(tmp_path: Path) -> None:
@@ -116,21 +117,21 @@ def test_tied_layers_are_applied_once_for_each_key(tmp_path: Path) -> None:
     tensors = random_heads(2, 1)
     tied = {name.replace(".1.weight", ".2.weight"): tensor for name, tensor in tensors.items()}
     tied |= {name.replace(".0.linear", ".1.linear"): t for name, t in tensors.items() if ".0.linear" in name}
-    loaded = load_heads(write(tmp_path / "heads", "medusa_lm_head.pt", tied), output())
+    loaded = load_heads(write(tmp_path / "heads", "medusa_lm_head.pt", tied), tiny_checkpoint().model)
     hidden = torch.randn(3, output().shape[1])
-    assert torch.allclose(loaded.logits(hidden), reference(tied, hidden, 2, 2), atol=1e-4)
+    assert torch.allclose(loaded.logits(hidden, ANY), reference(tied, hidden, 2, 2), atol=1e-4)
 
 
 def test_a_part_of_the_vocabulary(tmp_path: Path) -> None:
     """Our own heads and vLLM's truncated ones: guesses are ids of the whole vocabulary."""
     token_ids = torch.tensor([3, 70, 71, 72, 90])
     tensors = {**random_heads(2, own=False), "token_map": token_ids}
-    loaded = load_heads(write(tmp_path / "ours", "medusa_lm_head.safetensors", tensors), output())
+    loaded = load_heads(write(tmp_path / "ours", "medusa_lm_head.safetensors", tensors), tiny_checkpoint().model)
     truncated = {name: t[token_ids] if name.endswith("1.weight") else t for name, t in random_heads(2).items()}
     vllm = {**as_vllm(truncated), "token_map": token_ids}
-    other = load_heads(write(tmp_path / "vllm", "model.safetensors", vllm), output())
+    other = load_heads(write(tmp_path / "vllm", "model.safetensors", vllm), tiny_checkpoint().model)
     for heads in (loaded, other):
-        tokens, chances = heads.guesses(torch.randn(4, output().shape[1]), 2, 9)
+        tokens, chances = heads.guesses(torch.randn(4, output().shape[1]), [0] * 4, 2, 9)
         assert {token for row in tokens for head in row for token in head} <= set(token_ids.tolist())
         assert all(len(head) == 5 and sum(head) == pytest.approx(1, abs=1e-4) for row in chances for head in row)
 
@@ -157,20 +158,20 @@ def test_broken_heads_are_refused_in_one_line(tmp_path: Path, fault: str) -> Non
     change, words = BROKEN[fault]
     folder = write(tmp_path / "heads", "medusa_lm_head.safetensors", change(random_heads()))
     with pytest.raises(BadAdapter, match=words) as caught:
-        load_heads(folder, output())
+        load_heads(folder, tiny_checkpoint().model)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
 def test_files_that_are_no_heads_are_refused_in_one_line(tmp_path: Path) -> None:
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(BadAdapter, match="no Medusa heads here"):
-            load_heads(folder, output())
+            load_heads(folder, tiny_checkpoint().model)
     (tmp_path / "medusa_lm_head.safetensors").write_bytes(b"garbage")
     with pytest.raises(BadAdapter, match="cannot be read"):
-        load_heads(tmp_path, output())
+        load_heads(tmp_path, tiny_checkpoint().model)
     torch.save({"0.0.linear.weight": Path}, tmp_path / "code.pt")
     with pytest.raises(BadAdapter, match="does not hold plain tensors"):
-        load_heads(tmp_path / "code.pt", output())
+        load_heads(tmp_path / "code.pt", tiny_checkpoint().model)
 
 
 # ---- trees -----------------------------------------------------------------------------------------------------------
@@ -182,9 +183,9 @@ class NumberedGuesses:
     def __len__(self) -> int:
         return 4
 
-    def guesses(self, hidden: torch.Tensor, heads: int, width: int) -> Any:
-        tokens = [[1 + TOPK * head + rank for rank in range(width)] for head in range(heads)]
-        return [tokens] * len(hidden), [[[1 / (2 + rank) for rank in range(width)]] * heads] * len(hidden)
+    def guesses(self, hidden: torch.Tensor, tokens: list[int], heads: int, width: int) -> Any:
+        guesses = [[1 + TOPK * head + rank for rank in range(width)] for head in range(heads)]
+        return [guesses] * len(hidden), [[[1 / (2 + rank) for rank in range(width)]] * heads] * len(hidden)
 
 
 @pytest.mark.parametrize("name", published_trees())

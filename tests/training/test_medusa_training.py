@@ -14,7 +14,7 @@ from tests.support.tiny import tiny_checkpoint, tiny_engine
 from training.answers import Answer, AnswerFile, answers
 from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule
-from training.medusa import accuracies, held_out, most_used, save, train_heads, write_measures
+from training.medusa import accuracies, examples_of, held_out, most_used, save, train_heads, write_measures
 from training.prompts import Benchmarks, load_prompts, read_questions
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.medusa_checkpoint import load_heads
@@ -37,7 +37,7 @@ def states(learned: list[Answer], tmp_path_factory: pytest.TempPathFactory) -> H
 
 def trained(states: HiddenStates, learned: list[Answer], checkpoint: Path, **options: object) -> MedusaHeads:
     projection = output_projection(tiny_checkpoint().model)
-    settings = {"resume": False, "stop_at": None, **options}
+    settings = {"resume": False, "stop_at": None, "embeddings": projection, **options}
     return train_heads(
         states,
         projection,
@@ -73,6 +73,7 @@ def test_a_killed_training_ends_with_the_same_heads(
             states,
             output_projection(tiny_checkpoint().model),
             None,
+            None,
             heads=3,
             layers=1,
             schedule=Schedule(61, 1e-2),
@@ -89,14 +90,16 @@ def test_trained_heads_are_saved_loaded_and_accepted(
     heads = trained(states, learned, tmp_path / "state.pt")
     token_ids = heads.token_ids
     blank = MedusaHeads.blank(3, 1, heads.projection, token_ids)
-    examples = held_out(states, token_ids)
+    examples = examples_of(states, token_ids, kept=np.ones(len(states.states), dtype=bool))
     measured = accuracies(heads, examples)
-    assert measured[0][0] > accuracies(blank, examples)[0][0]
+    plain = trained(states, learned, tmp_path / "plain.pt", embeddings=None)
+    assert measured[0][0] > accuracies(plain, examples)[0][0] > accuracies(blank, examples)[0][0]
+    assert 0 < len(held_out(states, token_ids).states) < len(states.states) / 4
     assert all(0 <= sum(ranks) <= 1 for ranks in measured)
     save(heads, tmp_path / "heads", "tiny")
     write_measures(measured, tmp_path / "heads")
     assert (tmp_path / "heads" / "accuracies.png").stat().st_size > 1000
-    loaded = load_heads(tmp_path / "heads", output_projection(tiny_checkpoint().model))
+    loaded = load_heads(tmp_path / "heads", tiny_checkpoint().model)
     assert torch.allclose(loaded.weight, heads.weight, atol=1e-2)
     assert torch.equal(loaded.token_ids, token_ids)  # type: ignore[arg-type]
     assert len(json.loads((tmp_path / "heads" / "tree.json").read_text())) <= 64

@@ -23,7 +23,8 @@ STATE = "medusa"
 class Medusa(Method):
     """Drafts the paths that are most probable by what the heads say in this step.
 
-    The heads read the hidden state of the row that chose the thread's last token; head 0 guesses what follows it.
+    The heads read the hidden state of the row that chose the thread's last token, and some read that token too; head 0
+    guesses what follows it.
     """
 
     name = "medusa"
@@ -42,8 +43,9 @@ class Medusa(Method):
         if depth < 1:
             return trees
         hidden = torch.stack([threads[index].state[STATE] for index in ready])
-        tokens, chances = self._heads.guesses(hidden, depth, WIDTH)
-        for index, own_tokens, own_chances in zip(ready, tokens, chances, strict=True):
+        chosen = [threads[index].token_ids[-1] for index in ready]
+        guesses, chances = self._heads.guesses(hidden, chosen, depth, WIDTH)
+        for index, own_tokens, own_chances in zip(ready, guesses, chances, strict=True):
             trees[index] = _tree(threads[index], own_tokens, own_chances, budget)
         return trees
 

@@ -7,7 +7,8 @@
 | Medusa-1 and -2, merged | the same behind ``medusa_head.``, among the model's own weights |
 | vLLM's | ``blocks.{head}.layers.{layer}.{weight,bias}``, ``lm_heads.{head}.weight`` or ``lm_head.weight`` |
 
-``token_map`` int64[V'] holds the tokens of a projection that covers a part of the vocabulary; ours may have it too.
+``token_map`` int64[V'] holds the tokens of a projection that covers a part of the vocabulary; ours may have it too, and
+``token.weight`` float[h, h] where they read the chosen token.
 """
 
 import re
@@ -17,12 +18,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.interface import BadAdapter
+from workers.model.quantization import input_embeddings, output_projection
 
 NAMES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", "pytorch_model.bin")
 TOKEN_MAP = "token_map"
+TOKEN_WEIGHT = "token.weight"
 OWN_PREFIX = re.compile(r"^(medusa_heads?\.)")
 BLOCK = re.compile(r"^(?:(\d+)\.(\d+)\.linear|blocks\.(\d+)\.layers\.(\d+))\.(weight|bias)$")
 PROJECTION = re.compile(r"^(?:(\d+)\.(\d+)\.weight|lm_heads\.(\d+)\.weight|lm_head\.weight)$")
@@ -30,8 +34,8 @@ PROJECTION = re.compile(r"^(?:(\d+)\.(\d+)\.weight|lm_heads\.(\d+)\.weight|lm_he
 Tensors = dict[str, torch.Tensor]
 
 
-def load_heads(path: Path, output: torch.Tensor) -> MedusaHeads:
-    """Heads for a model whose output projection is ``output`` float[V, h], in its type and on its device.
+def load_heads(path: Path, model: PreTrainedModel) -> MedusaHeads:
+    """Heads for ``model``, in its type and on its device.
 
     Args:
         path: a folder, or a file of weights.
@@ -40,7 +44,7 @@ def load_heads(path: Path, output: torch.Tensor) -> MedusaHeads:
         BadAdapter: nothing there, or heads that are incomplete or made for another model; one line.
     """
     try:
-        return _assemble(_read(path), output)
+        return _assemble(_read(path), output_projection(model), input_embeddings(model))
     except BadAdapter as error:
         raise BadAdapter(f"{path}: {error}") from None
 
@@ -59,7 +63,7 @@ def _read(path: Path) -> Tensors:
     for file in files:
         for name, load in _entries(file).items():
             own = OWN_PREFIX.sub("", name)
-            if own != name or BLOCK.match(name) or PROJECTION.match(name) or name == TOKEN_MAP:
+            if own != name or BLOCK.match(name) or PROJECTION.match(name) or name in (TOKEN_MAP, TOKEN_WEIGHT):
                 merged |= own != name
                 tensors[name] = load()
     if merged:  # then the model's own lm_head.weight is no head's
@@ -85,7 +89,7 @@ def _entries(file: Path) -> Mapping[str, Callable[[], torch.Tensor]]:
         raise BadAdapter(f"{file.name} does not hold plain tensors: save it again as safetensors") from None
 
 
-def _assemble(tensors: Tensors, output: torch.Tensor) -> MedusaHeads:
+def _assemble(tensors: Tensors, output: torch.Tensor, embeddings: torch.Tensor) -> MedusaHeads:
     blocks: dict[tuple[int, int, str], torch.Tensor] = {}
     projections: dict[int | None, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -113,7 +117,11 @@ def _assemble(tensors: Tensors, output: torch.Tensor) -> MedusaHeads:
         token_ids.ndim != 1 or not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocabulary
     ):
         raise BadAdapter(f"{TOKEN_MAP} must be token ids below {vocabulary}")
-    return MedusaHeads(weight, bias, _projection(projections, count, token_ids, output), _moved(token_ids, output))
+    token_weight = tensors.get(TOKEN_WEIGHT)
+    if token_weight is not None:
+        token_weight = _fitting(token_weight, (hidden, hidden), TOKEN_WEIGHT).to(output)
+    projection = _projection(projections, count, token_ids, output)
+    return MedusaHeads(weight, bias, projection, _moved(token_ids, output), token_weight, embeddings)
 
 
 def _projection(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import PreTrainedModel
 
 from workers.decoding.interface import BadAdapter, Method
 from workers.decoding.lookahead import Lookahead
@@ -18,8 +18,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "ngram": Ngram,
     "lookahead": Lookahead,
 }
-# Methods that need trained weights, and how these are loaded from a path for a model's output projection float[V, h].
-TRAINED: dict[str, tuple[Callable[[Any], Method], Callable[[Path, torch.Tensor], Any]]] = {
+# Methods that need trained weights, and how these are loaded from a path for a model.
+TRAINED: dict[str, tuple[Callable[[Any], Method], Callable[[Path, PreTrainedModel], Any]]] = {
     "medusa": (Medusa, load_heads),
 }
 BASELINE = "vanilla"  # always served
@@ -32,11 +32,11 @@ class UnknownMethod(Exception):
     """No such method; the message is one line that lists the known ones."""
 
 
-def load_adapters(paths: Mapping[str, Path], output: torch.Tensor) -> Adapters:
+def load_adapters(paths: Mapping[str, Path], model: PreTrainedModel) -> Adapters:
     """Load trained weights by kind for a model. Raises BadAdapter."""
     if unknown := [kind for kind in paths if kind not in TRAINED]:
         raise BadAdapter(f"unknown kind of adapter {unknown[0]!r}; known: {', '.join(sorted(TRAINED))}")
-    return {kind: TRAINED[kind][1](path, output) for kind, path in paths.items()}
+    return {kind: TRAINED[kind][1](path, model) for kind, path in paths.items()}
 
 
 def check_method(name: str) -> str:

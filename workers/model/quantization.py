@@ -76,6 +76,13 @@ def output_projection(model: PreTrainedModel) -> torch.Tensor:
     return weight.detach()
 
 
+def input_embeddings(model: PreTrainedModel) -> torch.Tensor:
+    """float[V, hidden]: what the model's tokens are embedded with."""
+    embed: Any = model.get_input_embeddings()
+    weight: torch.Tensor = embed.weight
+    return weight.detach()
+
+
 def quantize_int8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quantization:
     """Replace the model's plain linear layers, in place, and measure what that changes."""
     ids = torch.tensor([tokenizer.encode(SAMPLE.read_text())[:SAMPLE_TOKENS]], device=model.device)
