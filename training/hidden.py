@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -38,19 +39,27 @@ class HiddenStates:
     answer: np.ndarray
 
 
-def hidden_states(model: PreTrainedModel, answers: Sequence[Answer], ahead: int, folder: Path) -> HiddenStates:
-    """States of all ``answers``, from ``folder`` if they were computed before."""
+def hidden_states(
+    model: PreTrainedModel, answers: Sequence[Answer], ahead: int, folder: Path, *, fast: bool = False
+) -> HiddenStates:
+    """States of all ``answers``, from ``folder`` if they were computed before.
+
+    Args:
+        ahead: how many successors of every token are wanted.
+        fast: multiply in bfloat16 where that pays; good enough to learn from, not to tell what a step would draft.
+    """
+    fast = fast and has_fast_bfloat16(model.device)
     sizes = [len(answer.answer) for answer in answers]
     chosen = np.concatenate([np.array(answer.answer, dtype=np.int32) for answer in answers])
     following = np.concatenate([_following(answer.answer, ahead) for answer in answers])
     numbers = np.repeat(np.arange(len(answers), dtype=np.int32), sizes)
-    path = folder / f"hidden-{_digest(model, answers)}.npy"
+    path = folder / f"hidden-{_digest(model, answers, fast)}.npy"
     if not path.is_file():
-        _compute(model, answers, sum(sizes), path)
+        _compute(model, answers, sum(sizes), path, fast)
     return HiddenStates(np.load(path, mmap_mode="r"), chosen, following, numbers)
 
 
-def _compute(model: PreTrainedModel, answers: Sequence[Answer], places: int, path: Path) -> None:
+def _compute(model: PreTrainedModel, answers: Sequence[Answer], places: int, path: Path, fast: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     shape = (places, model.config.get_text_config().hidden_size)
@@ -67,7 +76,7 @@ def _compute(model: PreTrainedModel, answers: Sequence[Answer], places: int, pat
         ids = torch.zeros(len(group), max(map(len, paths)), dtype=torch.int64, device=model.device)
         for row, tokens in enumerate(paths):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-        with torch.inference_mode(), fast_products(model.device):
+        with torch.inference_mode(), fast_products(model.device) if fast else nullcontext():
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state.to("cpu", torch.float16).numpy()
         for row, number in enumerate(group):
             first, size = len(answers[number].prompt) - 1, len(answers[number].answer)
@@ -101,9 +110,9 @@ def _following(answer: Sequence[int], ahead: int) -> np.ndarray:
     return following
 
 
-def _digest(model: PreTrainedModel, answers: Sequence[Answer]) -> str:
+def _digest(model: PreTrainedModel, answers: Sequence[Answer], fast: bool) -> str:
     """Of the model's weights (a few of them) and the paths."""
-    digest = hashlib.sha256(f"{model.dtype} {has_fast_bfloat16(model.device)}".encode())
+    digest = hashlib.sha256(f"{model.dtype} {fast}".encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
     for answer in answers:

@@ -108,7 +108,7 @@ def main(
     learned = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)
-    states = hidden_states(checkpoint.model, learned, heads, cache)
+    states = hidden_states(checkpoint.model, learned, heads, cache, fast=True)
     options = {name: value for name, value in locals().items() if name in SHOWN}
     projection = output_projection(checkpoint.model).float()
     token_ids = most_used(learned, vocabulary, len(projection)) if vocabulary else None
