@@ -26,6 +26,7 @@ def answered(
     answers: Path,
     *,
     tune: bool = False,
+    dtype: str | None = None,
 ) -> Iterator[tuple[Engine, list[Turn]]]:
     """An engine that serves the settings' methods, and every turn with its answer.
 
@@ -33,11 +34,17 @@ def answered(
         datasets: names or files, separated by commas; ``per_category`` questions of each category, None for all.
         answers: the file in which answers of ``new_tokens`` are kept.
         tune: measure the latency curve and let the tuner choose what the settings leave open.
+        dtype: of the engine; the answers are those of the model in its usual type.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     asked = [dataset.sample(per_category) for dataset in load_datasets(datasets.split(","))]
     methods = [setting.method for setting in settings]
-    with Engine.load(model_path, method=methods, kv_tokens=KV_TOKENS, max_requests=TOGETHER, tune=tune) as engine:
+    if dtype:
+        with answered(settings, datasets, per_category, model_path, new_tokens, answers):
+            pass
+    with Engine.load(
+        model_path, method=methods, kv_tokens=KV_TOKENS, max_requests=TOGETHER, tune=tune, dtype=dtype
+    ) as engine:
         WarmUp(engine, model_path, measure=tune).wait()
         yield engine, vanilla_answers(engine, asked, new_tokens, answers)
