@@ -39,13 +39,13 @@ class Tuner:
         """Learn how a thread's estimates compare with what was accepted."""
         for thread, outcome in zip(threads, outcomes, strict=True):
             seen: list[float] = thread.state.setdefault("tuning", [0.0, 0.0])
-            if outcome.tree.chances:
-                seen[0] += sum(outcome.tree.chances)
+            if expected := sum(outcome.tree.chances):
+                seen[0] += expected
                 seen[1] += len(outcome.rows)
+            else:  # what was disappointed tries again some day
+                seen[:] = [value * RECOVERY for value in seen]
             if seen[0] > MEMORY:
                 seen[:] = [value / 2 for value in seen]
-            elif not outcome.tree.chances:  # what was disappointed tries again some day
-                seen[:] = [value * RECOVERY for value in seen]
 
 
 def trust(thread: DraftThread) -> float:

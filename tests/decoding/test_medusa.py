@@ -149,6 +149,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         "is 8x8, but",
     ),
     "other vocabulary": (lambda tensors: {**tensors, "0.1.weight": torch.zeros(99_999, 64)}, "head 0 projects"),
+    "token weight": (lambda tensors: {**tensors, "token.weight": torch.zeros(8, 8)}, "token.weight is 8x8, but"),
     "wrong tokens": (lambda tensors: {**tensors, "token_map": torch.tensor([1, 10**6])}, "token ids below"),
 }
 

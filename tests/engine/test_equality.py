@@ -2,15 +2,18 @@
 
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from queue import SimpleQueue
 
 import pytest
+import torch
 
 from benchmarks.verify import tokens_of
 from protocol.generation import GenerateParams
 from tests.support.oracle import assert_same_answer, greedy
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from workers.engine import Engine
+from workers.model.checkpoint import Checkpoint
 from workers.request import Event
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma2", "gpt_oss"]
@@ -73,3 +76,16 @@ def test_seeds_and_choices_change_the_answer() -> None:
         first, again, other_seed, other_choice, free, free_again = answers(engine, [request | v for v in variants])
     assert first == again
     assert len({tuple(answer) for answer in (first, other_seed, other_choice, free, free_again)}) == 5
+
+
+def test_half_precision_runs_on_a_cpu() -> None:
+    """Logits of 8 bits tie too often to equal ``generate`` for long; the first token must."""
+    model = deepcopy(tiny_checkpoint().model).to(torch.bfloat16)
+    checkpoint = Checkpoint("tiny-half", model, tiny_checkpoint().tokenizer)
+    with Engine(lambda: checkpoint, kv_tokens=4096, methods=["vanilla", "lookahead"]) as engine:
+        for method in engine.methods:
+            request = {"prompt": "abcabcabc", "temperature": 0, "max_new_tokens": 12, "method": method}
+            (ours,) = answers(engine, [request])
+            ids = engine.renderer.encode("abcabcabc").token_ids
+            assert len(ours) == 12
+            assert_same_answer(model, ids, ours[:1], greedy(model, ids, 1, [2]))

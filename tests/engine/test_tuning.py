@@ -59,9 +59,12 @@ def test_disappointment_makes_drafts_smaller_and_wears_off() -> None:
     assert trust(own) < 0.2
     assert tuned(SLOPED).worth(own, [0.5, 0.3]) == 0
     nothing = SimpleNamespace(tree=TokenTree.of([], []), rows=[])
-    for _ in range(400):
-        tuner.observe([own], [nothing])
-    assert trust(own) > 0.9
+    window = outcome(0.0, 0)  # rows that are no candidates
+    for undrafted in (nothing, window):
+        own.state["tuning"] = [15.0, 0.0]
+        for _ in range(400):
+            tuner.observe([own], [undrafted])
+        assert trust(own) > 0.9
 
 
 def test_a_window_pays_only_where_rows_are_cheap() -> None:
