@@ -12,8 +12,9 @@ import torch
 import typer
 
 from training.answers import AnswerFile
+from training.examples import examples_of
+from training.head_accuracy import accuracies, write_measures
 from training.hidden import hidden_states
-from training.medusa import accuracies, examples_of, write_measures
 from workers.decoding.interface import BadAdapter
 from workers.decoding.medusa_checkpoint import load_heads
 from workers.model.checkpoint import load_checkpoint

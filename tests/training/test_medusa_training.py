@@ -12,12 +12,14 @@ from benchmarks.replay import replayed, states_of
 from benchmarks.settings import Setting, decode
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from training.answers import Answer, AnswerFile, answers
+from training.examples import examples_of, held_out, most_used
+from training.head_accuracy import accuracies, write_measures
 from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule
-from training.medusa import accuracies, examples_of, held_out, most_used, save, train_heads, write_measures
+from training.medusa import train_heads
 from training.prompts import Benchmarks, load_prompts, read_questions
 from workers.decoding.heads import MedusaHeads
-from workers.decoding.medusa_checkpoint import load_heads
+from workers.decoding.medusa_checkpoint import load_heads, save_heads
 from workers.model.quantization import output_projection
 
 PROMPTS = [f"count {number} and {number + 1}" for number in range(24)]
@@ -96,7 +98,7 @@ def test_trained_heads_are_saved_loaded_and_accepted(
     assert measured[0][0] > accuracies(plain, examples)[0][0] > accuracies(blank, examples)[0][0]
     assert 0 < len(held_out(states, token_ids).states) < len(states.states) / 4
     assert all(0 <= sum(ranks) <= 1 for ranks in measured)
-    save(heads, tmp_path / "heads", "tiny")
+    save_heads(heads, tmp_path / "heads", "tiny")
     write_measures(measured, tmp_path / "heads")
     assert (tmp_path / "heads" / "accuracies.png").stat().st_size > 1000
     loaded = load_heads(tmp_path / "heads", tiny_checkpoint().model)

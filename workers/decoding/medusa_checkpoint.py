@@ -11,13 +11,16 @@
 ``token.weight`` float[h, h] where they read the chosen token.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from workers.decoding.heads import MedusaHeads
@@ -159,3 +162,22 @@ def _fitting(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> torch.T
 
 def _moved(token_ids: torch.Tensor | None, output: torch.Tensor) -> torch.Tensor | None:
     return None if token_ids is None else token_ids.to(output.device, torch.int64)
+
+
+def save_heads(heads: MedusaHeads, folder: Path, base: str) -> None:
+    """Heads in bfloat16 in the layout of "version 2", with ``token.weight`` where they read the chosen token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {} if heads.token_weight is None else {TOKEN_WEIGHT: heads.token_weight.detach().to(torch.bfloat16)}
+    tensors |= {
+        f"{head}.{layer}.linear.{name}": getattr(heads, name)[layer, head].detach().to(torch.bfloat16).contiguous()
+        for layer in range(len(heads.weight))
+        for head in range(len(heads))
+        for name in ("weight", "bias")
+    }
+    if heads.token_ids is not None:
+        tensors[TOKEN_MAP] = heads.token_ids.to(torch.int32)
+    save_file(tensors, folder / "medusa_lm_head.safetensors")
+    config: dict[str, Any] = {"version": "2", "base_model_name_or_path": base}
+    config |= {"medusa_num_heads": len(heads), "medusa_num_layers": len(heads.weight)}
+    config |= {} if heads.token_weight is None else {"reads_chosen_token": True}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
