@@ -37,7 +37,8 @@ from workers.warm_up import WarmUp
 logger = logging.getLogger(__name__)
 
 DECAY = 0.8
-SHOWN = ["model_path", "count", "new_tokens", "heads", "layers", "plain", "vocabulary", "epochs", "batch", "learning_rate", "seed"]
+SHOWN = {"model_path", "count", "new_tokens", "heads", "layers", "plain", "vocabulary"}
+SHOWN |= {"epochs", "batch", "learning_rate", "seed"}  # options that make the heads what they are
 
 
 def main(
