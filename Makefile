@@ -57,7 +57,7 @@ bench: install ## vanilla beside transformers' generate, and 8 streams beside on
 # PROMPTS: JSONL with a prompt a line. AVOID: benchmark files whose questions must not be trained on.
 train-medusa: install ## Medusa heads for the embedded model: PROMPTS=file AVOID="files"
 	$(BIN)/python -m training.medusa --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --resume \
-		--out configs/adapters/smollm2-135m/medusa --cache $(RUNS)/training
+		--count 4600 --out configs/adapters/smollm2-135m/medusa --cache $(RUNS)/training
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

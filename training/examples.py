@@ -15,7 +15,7 @@ HELD_OUT = 0.05  # of the answers, the last ones
 
 @dataclass(frozen=True)
 class Examples:
-    """Places to learn from.
+    """Places to learn from: of whole answers, one after another.
 
     Attributes:
         states: float16[N, h]; chosen: int64[N], the token that each of them chose.
@@ -29,10 +29,14 @@ class Examples:
 
     def batch(self, places: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """float32[B, h], int64[B] and int64[B, heads]."""
-        places = np.sort(places)
         states = torch.from_numpy(self.states[places].astype(np.float32))
         rows = torch.from_numpy(places)
         return states.to(device), self.chosen[rows].to(device), self.targets[rows].to(device)
+
+    def teacher(self, places: np.ndarray, head: int, device: torch.device) -> torch.Tensor:
+        """float32[B, h]: the states that chose what ``head`` is to guess, where there is a target."""
+        rows = np.minimum(places + 1 + head, len(self.states) - 1)
+        return torch.from_numpy(self.states[rows].astype(np.float32)).to(device)
 
 
 def most_used(learned: Sequence[Answer], size: int, vocabulary: int) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """``python -m training.medusa``: heads for any model, from its own answers to prompts (self-distillation, Medusa-1).
 
-The base stays as it is. Answers, and the last hidden states behind them, are computed once and kept; heads learn from
-these with weights 0.8^k on answers alone, over the tokens that the model uses most. Beside the heads the folder gets
-their accuracies on answers held out, the trees that follow, the loss curve, and where all of it came from.
+The base stays as it is. Answers, and the last hidden states behind them, are computed once and kept. Heads learn from
+these, on answers alone and over the tokens that the model uses most, what the model itself says at the place that they
+are to guess: all its probabilities, with weights 0.8^k. Beside the heads the folder gets their accuracies on answers
+held out, the trees that follow, the loss curve, and where all of it came from.
 """
 
 import json
@@ -36,7 +37,8 @@ from workers.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
-DECAY = 0.8
+DECAY = 0.8  # of the loss from head to head
+DROPOUT = 0.1  # of the states
 SHOWN = {"model_path", "count", "new_tokens", "heads", "layers", "plain", "vocabulary"}
 SHOWN |= {"epochs", "batch", "learning_rate", "seed"}  # options that make the heads what they are
 
@@ -48,7 +50,7 @@ def main(
         list[Path] | None, typer.Option(help="benchmark files: their questions are not trained on")
     ] = None,
     model_path: str = "smollm2-135m",
-    count: Annotated[int | None, typer.Option(help="prompts; by default all")] = 2000,
+    count: Annotated[int | None, typer.Option(help="prompts; by default all")] = None,
     new_tokens: Annotated[int, typer.Option(help="longest answer")] = 192,
     heads: int = 4,
     layers: int = 2,
@@ -134,18 +136,30 @@ def train_heads(
     rows = made.projection.to(dtype)
 
     def loss_of(step: int) -> torch.Tensor:
-        places = _places(step, batch, len(examples.states), seed)
-        mine = places[accelerator.process_index :: accelerator.num_processes]
-        hidden, chosen, targets = examples.batch(mine, accelerator.device)
+        places = np.sort(_places(step, batch, len(examples.states), seed))
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        kept = _kept_states(step, (len(places), states.states.shape[1]), seed)[mine].to(accelerator.device)
+        places = places[mine]
+        hidden, chosen, targets = examples.batch(places, accelerator.device)
         with fast_products(accelerator.device):
-            features = made.features(hidden, chosen)
+            features = made.features(hidden * kept, chosen)
         losses = [
-            DECAY**head * vocabulary_loss(features[head], rows, wanted, dtype) for head, wanted in enumerate(targets.T)
+            DECAY**head
+            * vocabulary_loss(
+                features[head], examples.teacher(places, head, accelerator.device), rows, targets[:, head] != -1, dtype
+            )
+            for head in range(heads)
         ]
         return torch.stack(losses).sum()
 
     losses = train(made, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
     return made.cpu(), losses
+
+
+def _kept_states(step: int, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """float[B, h], what a step's states are multiplied with: 0 where they are dropped."""
+    draws = torch.rand(shape, generator=torch.Generator().manual_seed((seed << 32) + step))
+    return (draws >= DROPOUT) / (1 - DROPOUT)
 
 
 def _places(step: int, batch: int, total: int, seed: int) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Cross entropy over a large vocabulary, a few rows at a time.
+"""Cross entropy with a teacher's distribution over a large vocabulary, a few rows at a time.
 
-The logits of a batch (1,024 places × 8,192 tokens × heads) would be the largest tensor of the training by far, written
+The logits of a batch (1,024 places × 8,192 tokens × heads) would be the largest tensors of the training by far, written
 and read several times. A piece of them stays in the cache while its loss and its gradient are computed at once.
 """
 
@@ -15,41 +15,48 @@ PIECE = 256  # rows
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+        ctx: Any,
+        features: torch.Tensor,
+        teacher: torch.Tensor,
+        projection: torch.Tensor,
+        counted: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        rows, weights = features.detach().to(dtype), projection.to(dtype)
+        weights = projection.to(dtype)
         gradient = torch.empty_like(features)
-        counted = targets >= 0
         total = features.new_zeros(())
-        for start in range(0, len(rows), PIECE):
+        for start in range(0, len(features), PIECE):
             piece = slice(start, start + PIECE)
-            logits = linear(rows[piece], weights).float()
-            wanted = targets[piece].clamp(min=0)[:, None]
-            log_total = logits.logsumexp(-1, keepdim=True)
-            losses = log_total - logits.gather(-1, wanted)
-            total += losses[counted[piece]].sum()
-            chances = logits.sub_(log_total).exp_()
-            chances.scatter_add_(-1, wanted, torch.full_like(losses, -1.0))
-            chances.mul_(counted[piece][:, None])
-            gradient[piece] = (chances.to(dtype) @ weights).to(features.dtype)
+            wanted = linear(teacher[piece].to(dtype), weights).float().softmax(-1)
+            logits = linear(features.detach()[piece].to(dtype), weights).float()
+            log_total = logits.logsumexp(-1)
+            total += (log_total - torch.linalg.vecdot(logits, wanted))[counted[piece]].sum()
+            chances = logits.sub_(log_total[:, None]).exp_()
+            error = chances.sub_(wanted).mul_(counted[piece][:, None])
+            gradient[piece] = (error.to(dtype) @ weights).to(features.dtype)
         number = counted.sum().clamp(min=1)
         ctx.save_for_backward(gradient / number)
         return total / number
 
     @staticmethod
-    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return above[0] * gradient, None, None, None
+        return above[0] * gradient, None, None, None, None
 
 
 def vocabulary_loss(
-    features: torch.Tensor, projection: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype = torch.float32
+    features: torch.Tensor,
+    teacher: torch.Tensor,
+    projection: torch.Tensor,
+    counted: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Mean cross entropy of ``features`` float[N, h] times ``projection`` float[V, h], which gets no gradient.
+    """Mean cross entropy between the distributions of ``teacher`` and ``features``; gradients reach the features alone.
 
     Args:
-        targets: int64[N], rows of the projection; negative ones do not count. Without any, the loss is 0.
+        features, teacher: float[N, h]; both become distributions by ``projection`` float[V, h].
+        counted: bool[N], the rows that count. Without any, the loss is 0.
         dtype: of the products; ``projection`` is best in it already.
     """
-    loss: torch.Tensor = _VocabularyLoss.apply(features, projection, targets, dtype)
+    loss: torch.Tensor = _VocabularyLoss.apply(features, teacher, projection, counted, dtype)
     return loss
