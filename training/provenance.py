@@ -5,7 +5,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
     for answer in learned:
         digest.update(json.dumps([answer.prompt, answer.answer]).encode())
     return {
-        "command": f"python -m {command} "
-        + " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items()),
+        "command": " ".join([f"python -m {command}", *_words(options)]),
         "prompts": {"file": prompts.name, "sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()},
         "answers": {
             "count": len(learned),
@@ -45,3 +44,10 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": f"{platform.machine()} {sys.platform}",
     }
+
+
+def _words(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options as they are typed; those that are None or False are not."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            yield f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
