@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def hidden_states(
 
 def _compute(model: PreTrainedModel, answers: Sequence[Answer], places: int, path: Path, fast: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")  # two trainings may compute the same states
     shape = (places, model.config.get_text_config().hidden_size)
     states = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float16, shape=shape)
     decoder = model.get_decoder()
