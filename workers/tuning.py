@@ -8,6 +8,9 @@ from workers.model.curve import LatencyCurve
 MEMORY = 20.0  # expected acceptances after which the past counts half
 RECOVERY = 0.98  # a step without a draft
 PRIOR = 1.0  # acceptances that a method's own estimate is worth
+LEAST = 0.15  # tokens a step that drafts must have brought lately to be worth the time of making them, ...
+REST = 8  # ... else only one step in so many is drafted
+RECENT = 0.2  # what a step weighs in that
 MARGIN = 1.03  # a draft must promise this much more: estimates err, and drafts cost time outside the forward pass
 
 
@@ -46,6 +49,9 @@ class Tuner:
                 seen[:] = [value * RECOVERY for value in seen]
             if seen[0] > MEMORY:
                 seen[:] = [value / 2 for value in seen]
+            if asking := thread.state.get("asking"):
+                gain, rested = asking
+                asking[0] += RECENT * (len(outcome.rows) - gain) if not rested else 0.0
 
 
 def trust(thread: DraftThread) -> float:
@@ -76,6 +82,11 @@ class _Tuned(Budget):
             if rate > best_rate:
                 best, best_rate = count, rate
         return best
+
+    def asks(self, thread: DraftThread) -> bool:
+        asking: list[float] = thread.state.setdefault("asking", [0.5, 0])  # tokens brought, steps rested
+        asking[1] = 0 if asking[0] >= LEAST else (asking[1] + 1) % REST
+        return asking[1] == 0
 
     def best(self, options: Sequence[tuple[int, float]], default: int) -> int | None:
         rates = [self._rate(rows, gain) for rows, gain in options]

@@ -18,6 +18,7 @@ from polydecode import custom_generate
 from protocol.generation import DraftSettings
 from tests.decoding.test_methods import answers, assert_same, requests
 from tests.support.tiny import tiny_checkpoint, tiny_engine
+from workers.decoding.int8_heads import load_drafting_heads
 from workers.decoding.interface import BadAdapter, Budget
 from workers.decoding.medusa import STATE, Medusa, published_trees
 from workers.decoding.medusa_checkpoint import load_heads
@@ -134,6 +135,19 @@ def test_a_part_of_the_vocabulary(tmp_path: Path) -> None:
         tokens, chances = heads.guesses(torch.randn(4, output().shape[1]), [0] * 4, 2, 9)
         assert {token for row in tokens for head in row for token in head} <= set(token_ids.tolist())
         assert all(len(head) == 5 and sum(head) == pytest.approx(1, abs=1e-4) for row in chances for head in row)
+
+
+def test_int8_heads_guess_the_same(tmp_path: Path) -> None:
+    hidden = torch.randn(4, output().shape[1])
+    for own in (True, False):
+        tensors = {**random_heads(2, 2, own=own), "token.weight": 0.1 * torch.randn(hidden.shape[1], hidden.shape[1])}
+        folder = write(tmp_path / str(own), "medusa_lm_head.safetensors", tensors)
+        exact = load_heads(folder, tiny_checkpoint().model)
+        tokens, chances = exact.guesses(hidden, [5, 6, 7, 8], 2, 3)
+        near, near_chances = load_drafting_heads(folder, tiny_checkpoint().model).guesses(hidden, [5, 6, 7, 8], 2, 3)
+        assert np.mean(np.array(near)[..., 0] == np.array(tokens)[..., 0]) > 0.8
+        assert np.abs(np.array(near_chances) - np.array(chances)).mean() < 0.02
+        assert exact.guesses(hidden, [8, 7, 6, 5], 2, 3)[0] != tokens, "the chosen token counts"
 
 
 def without(name: str) -> Callable[[Tensors], Tensors]:

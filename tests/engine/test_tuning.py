@@ -67,6 +67,24 @@ def test_disappointment_makes_drafts_smaller_and_wears_off() -> None:
         assert trust(own) > 0.9
 
 
+def test_drafts_that_bring_nothing_are_made_seldom() -> None:
+    tuner, own = Tuner(), thread()
+
+    def asked(steps: int, accepted: int) -> int:
+        count = 0
+        for _ in range(steps):
+            asks = tuned(SLOPED).asks(own)
+            count += asks
+            tuner.observe([own], [outcome(0.5, accepted if asks else 0)])
+        return count
+
+    assert asked(16, 1) == 16
+    assert asked(80, 0) < 25
+    assert asked(8, 2) >= 1
+    assert asked(8, 2) == 8
+    assert tuned(None).asks(own)
+
+
 def test_a_window_pays_only_where_rows_are_cheap() -> None:
     options = [(6, 0.1), (30, 0.3), (60, 0.31)]
     assert tuned(FLAT).best(options, 1) == 1

@@ -107,8 +107,15 @@ class MedusaHeads(nn.Module):
             Token ids and their probabilities by the heads, both [T][heads][width], most probable first.
         """
         chosen = torch.tensor(tokens, device=hidden.device)
-        logits = self.logits(hidden.to(self.weight.dtype), chosen, heads).float()
-        best = logits.topk(min(width, logits.shape[-1]), dim=-1)
-        chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
-        guesses = best.indices if self.token_ids is None else self.token_ids[best.indices]
-        return guesses.transpose(0, 1).tolist(), chances.transpose(0, 1).tolist()
+        return best_guesses(self.logits(hidden.to(self.weight.dtype), chosen, heads).float(), self.token_ids, width)
+
+
+def best_guesses(
+    logits: torch.Tensor, token_ids: torch.Tensor | None, width: int
+) -> tuple[list[Guesses], list[Chances]]:
+    """The ``width`` best tokens of logits float[heads, T, V'] and their probabilities, both [T][heads][width]."""
+    best = logits.topk(min(width, logits.shape[-1]), dim=-1)
+    largest = best.values[..., :1]
+    chances = (best.values - largest).exp_() / (logits - largest).exp_().sum(-1, keepdim=True)
+    guesses = best.indices if token_ids is None else token_ids[best.indices]
+    return guesses.transpose(0, 1).tolist(), chances.transpose(0, 1).tolist()

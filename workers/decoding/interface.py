@@ -32,6 +32,10 @@ class Budget:
         """
         return len(chances)
 
+    def asks(self, thread: "DraftThread") -> bool:
+        """Whether to draft for a thread in this step at all, where making a draft takes time; ask once a step."""
+        return True
+
     def best(self, options: Sequence[tuple[int, float]], default: int) -> int | None:
         """Which of some options is worth most: each is rows, and the tokens a step that they bring in the long run.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from workers.decoding.heads import MedusaHeads
+from workers.decoding.int8_heads import Int8Heads
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
 from workers.decoding.sparse_tree import RankPath, SparseTree, best_paths, read_trees
 from workers.decoding.trie import with_paths
@@ -31,12 +32,12 @@ class Medusa(Method):
     root_needs = Needs.LOGITS | Needs.HIDDEN
     row_needs = Needs.HIDDEN
 
-    def __init__(self, heads: MedusaHeads) -> None:
+    def __init__(self, heads: MedusaHeads | Int8Heads) -> None:
         self._heads = heads
 
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
         trees = [EMPTY_TREE] * len(threads)
-        ready = [index for index, thread in enumerate(threads) if STATE in thread.state]
+        ready = [index for index, thread in enumerate(threads) if STATE in thread.state and _asks(thread, budget)]
         if not ready:
             return trees
         depth = min(len(self._heads), max(_depth(threads[index], budget) for index in ready))
@@ -59,6 +60,11 @@ class Medusa(Method):
 def published_trees() -> dict[str, SparseTree]:
     """Medusa's own trees by name."""
     return read_trees(Path(str(files("configs") / "trees" / "medusa.json")))
+
+
+def _asks(thread: DraftThread, budget: Budget) -> bool:
+    """Heads take a tenth of a small model's step: a text that they cannot foresee is spared them."""
+    return bool(thread.draft.nodes or thread.draft.tree) or budget.asks(thread)
 
 
 def _depth(thread: DraftThread, budget: Budget) -> int:

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from workers.decoding.int8_heads import load_drafting_heads
 from workers.decoding.interface import BadAdapter, Method
 from workers.decoding.lookahead import Lookahead
 from workers.decoding.medusa import Medusa
-from workers.decoding.medusa_checkpoint import load_heads
 from workers.decoding.ngram import Ngram, WithNgrams
 from workers.decoding.vanilla import Vanilla
 
@@ -20,7 +20,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 # Methods that need trained weights, and how these are loaded from a path for a model.
 TRAINED: dict[str, tuple[Callable[[Any], Method], Callable[[Path, PreTrainedModel], Any]]] = {
-    "medusa": (Medusa, load_heads),
+    "medusa": (Medusa, load_drafting_heads),
 }
 BASELINE = "vanilla"  # always served
 NGRAM_SUFFIX = "+ngram"

@@ -44,25 +44,28 @@ class Quantization:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with ``weight`` int8[out, in], ``scale`` float[out] and the original's bias."""
+    """A linear layer with ``weight`` int8[out, in], ``scale`` float[out] and the original's ``bias`` float[out]."""
 
     weight: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, original: nn.Linear) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        weight = original.weight.detach()
         scale = (weight.float().abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
         self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if original.bias is None else original.bias.detach())
+        self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float[..., in] → float[..., out]."""
         if not in_narrow_step():
             widened = (self.weight * self.scale[:, None]).to(x.dtype)
             return nn.functional.linear(x, widened, self.bias)
+        return self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The same on the CPU kernels, which must be there."""
         out = torch.ops.polydecode.linear_int8(x.reshape(-1, x.shape[-1]), self.weight, self.scale, self.bias)
         return out.view(*x.shape[:-1], len(self.scale))
 
@@ -89,7 +92,9 @@ def quantize_int8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     before = _log_probabilities(model, ids)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(name, Int8Linear(module))
+            model.set_submodule(
+                name, Int8Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+            )
     after = _log_probabilities(model, ids)
     targets = ids[0, 1:, None]
     return Quantization(
