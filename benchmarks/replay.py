@@ -10,22 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 import typer
 
 from benchmarks.opening import answered
+from benchmarks.recorded import Recorded, Records, records_of
 from benchmarks.settings import Setting, decode
 from benchmarks.table import table
 from protocol.generation import DraftSettings
-from training.answers import Answer, Key
-from training.hidden import hidden_states
-from workers.decoding.interface import Budget, Method, Outcome
-from workers.decoding.registry import make_method
+from training.answers import Answer
+from workers.decoding.interface import Budget, Method
+from workers.decoding.registry import check_method, make_method
 from workers.engine import Engine
 from workers.model.sampling import Sampling
-from workers.model.tree import Needs, TokenTree
-from workers.model.verification import ROOT, Walk, path_tokens, walk
+from workers.model.tree import TokenTree
+from workers.model.verification import ROOT, path_tokens, walk
 
 ROWS = 256
 
@@ -62,12 +60,8 @@ class KnownChoices(Mapping[int, int]):
         return 1 + len(self._tree)
 
 
-def replay(method: Method, answer: Answer, draft: DraftSettings, states: np.ndarray | None = None) -> list[int]:
-    """Tokens emitted in every step.
-
-    Args:
-        states: float[n, hidden] from which the answer's tokens were chosen, for methods that ask for hidden states.
-    """
+def replay(method: Method, answer: Answer, draft: DraftSettings, recorded: Recorded | None = None) -> list[int]:
+    """Tokens emitted in every step; ``recorded`` for methods that learn from what the model returned."""
     thread = ReplayedThread(list(answer.prompt), len(answer.prompt), answer.new_tokens, draft)
     emitted: list[int] = []
     done = 0
@@ -80,17 +74,9 @@ def replay(method: Method, answer: Answer, draft: DraftSettings, states: np.ndar
         thread.token_ids += taken.token_ids
         thread.remaining -= count
         done += count
-        if states is not None and done < len(answer.answer):
-            method.observe([thread], [_outcome(tree, taken, states[done - 1])])
+        if recorded is not None and done < len(answer.answer):
+            method.observe([thread], [recorded.outcome(tree, taken, done - 1)])
     return emitted
-
-
-def _outcome(tree: TokenTree, taken: Walk, state: np.ndarray) -> Outcome:
-    """What a method hears of a step: of the hidden states, that of the row that chose the last token."""
-    hidden = torch.zeros(1 + len(tree), len(state))
-    hidden[1 + taken.rows[-1] if taken.rows else 0] = torch.from_numpy(state.astype(np.float32))
-    nothing = torch.zeros(1 + len(tree), 0)
-    return Outcome(tree, taken.rows, taken.token_ids, nothing, hidden, range(len(nothing)), range(len(hidden)))
 
 
 def main(
@@ -105,8 +91,8 @@ def main(
     """Print tokens per step by data set and category: ratios of sums."""
     wanted = [Setting.parse(text) for text in settings]
     with answered(wanted, datasets, per_category, model_path, new_tokens, answers) as (engine, turns):
-        states = states_of(engine, [turn.answer for turn in turns], answers.parent) if engine.adapters else {}
-        steps = [[replayed(engine, one, turn.answer, states) for turn in turns] for one in wanted]
+        records = records_of(engine, [turn.answer for turn in turns], answers.parent)
+        steps = [[replayed(engine, one, turn.answer, records) for turn in turns] for one in wanted]
         for line in table(turns, {name: list(map(len, taken)) for name, taken in zip(settings, steps, strict=True)}):
             print(line)
         for place in range(0, len(turns), max(1, len(turns) // check)) if check else []:
@@ -116,18 +102,10 @@ def main(
                 print(f"{setting.name}: decoded turn {place} in {len(decoded)} steps, {same}")
 
 
-def states_of(engine: Engine, known: list[Answer], folder: Path) -> dict[Key, np.ndarray]:
-    """The hidden states from which each answer was chosen: one forward pass an answer, kept in ``folder``."""
-    found = engine.between_steps(lambda runner: hidden_states(runner.model, known, 0, folder)).result()
-    ends = np.cumsum([len(answer.answer) for answer in known])
-    return {answer.key: part for answer, part in zip(known, np.split(found.states, ends[:-1]), strict=True)}
-
-
-def replayed(engine: Engine, setting: Setting, answer: Answer, states: Mapping[Key, np.ndarray]) -> list[int]:
+def replayed(engine: Engine, setting: Setting, answer: Answer, records: Records) -> list[int]:
     """Tokens emitted in every step of a setting."""
     method = make_method(setting.method, engine.adapters)
-    wants_states = bool(method.root_needs & Needs.HIDDEN)
-    return replay(method, answer, setting.draft, states[answer.key] if wants_states else None)
+    return replay(method, answer, setting.draft, records.get((check_method(setting.method), answer.key)))
 
 
 if __name__ == "__main__":

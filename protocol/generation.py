@@ -59,7 +59,7 @@ class DraftSettings(Wire):
     ``posterior_alpha`` · exp(-entropy).
     """
 
-    nodes: Annotated[int | None, Field(ge=1, le=256)] = None  # candidate rows a step
+    nodes: Annotated[int | None, Field(ge=1, le=256)] = None  # rows a step: candidates, and ppd's prompt rows
     window: Annotated[int | None, Field(ge=1, validation_alias=AliasChoices("window", "WINDOW_SIZE"))] = None
     level: Annotated[int | None, Field(ge=3, validation_alias=AliasChoices("level", "LEVEL"))] = None
     guesses: Annotated[int | None, Field(ge=1, validation_alias=AliasChoices("guesses", "GUESS_SET_SIZE"))] = None
@@ -67,7 +67,7 @@ class DraftSettings(Wire):
         bool | None, Field(validation_alias=AliasChoices("pool_from_prompt", "POOL_FROM_PROMPT"))
     ] = None
 
-    tree: str | None = None  # medusa: a published tree by name, instead of what is most probable in each step
+    tree: str | None = None  # medusa, ppd: a tree by name, instead of what is worth most in each step
     shared_pool: bool | None = None  # lookahead: read and feed the n-grams of all requests that do
     acceptance: Literal["exact", "typical"] | None = None
     posterior_threshold: Annotated[Number | None, Field(gt=0, le=1)] = None

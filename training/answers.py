@@ -3,7 +3,8 @@
 They are what heads and prompt tokens learn to foresee (self-distillation), and what replays start from.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 from protocol.generation import ChatMessage
 from training.kept import Kept
 from workers.engine import Engine
+from workers.warm_up import WarmUp
+
+logger = logging.getLogger(__name__)
 
 TOGETHER = 48  # conversations that are answered in common forward passes
 
@@ -72,3 +76,16 @@ def answers(
         for done, answer in enumerate(found, 1):
             progress(done)
             yield answer
+
+
+def own_answers(model_path: str, prompts: Sequence[str], new_tokens: int, path: Path) -> list[Answer]:
+    """A model's answers of more than one token, with the engine that serves; those in the file ``path`` are known."""
+    with Engine.load(model_path, kv_tokens=65536, max_requests=64) as engine:
+        WarmUp(engine, model_path, measure=False).wait()
+
+        def progress(done: int) -> None:
+            if done % 100 == 0:
+                logger.info("%d of %d prompts answered", done, len(prompts))
+
+        found = answers(engine, prompts, new_tokens, AnswerFile(path), progress)
+        return [answer for answer in found if len(answer.answer) > 1]

@@ -36,12 +36,18 @@ def accuracies(heads: MedusaHeads, examples: Examples, batch: int = 1024) -> lis
 
 
 def write_measures(measured: Sequence[Sequence[float]], folder: Path) -> None:
-    """Accuracies [head][rank], a picture of them, and the best tree that follows; a line a head in the log."""
-    for head, ranks in enumerate(measured):
-        logger.info("head %d: %.1f %% right, %.1f %% in %d guesses", head, 100 * ranks[0], 100 * sum(ranks), RANKS)
-    folder.mkdir(parents=True, exist_ok=True)
-    accuracy_picture(measured, folder / "accuracies.png")
-    rounded = [[round(value, 4) for value in ranks] for ranks in measured]
-    (folder / "accuracies.json").write_text(json.dumps(rounded))
+    """Accuracies [head][rank], a picture of them, and the best tree that follows."""
+    write_accuracies(measured, folder, "head")
     tree = [list(path) for path in search_tree(measured, TREE).paths]
     (folder / "tree.json").write_text(json.dumps(tree))
+
+
+def write_accuracies(measured: Sequence[Sequence[float]], folder: Path, whose: str) -> None:
+    """Accuracies [head][rank] and a picture of them; a line a head, or whatever it is, in the log."""
+    for number, ranks in enumerate(measured):
+        right, among = 100 * ranks[0], 100 * sum(ranks)
+        logger.info("%s %d: %.1f %% right, %.1f %% in %d guesses", whose, number, right, among, RANKS)
+    folder.mkdir(parents=True, exist_ok=True)
+    accuracy_picture(measured, folder / "accuracies.png", whose)
+    rounded = [[round(value, 4) for value in ranks] for ranks in measured]
+    (folder / "accuracies.json").write_text(json.dumps(rounded))

@@ -8,7 +8,6 @@ held out, the trees that follow, the loss curve, and where all of it came from.
 
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ import torch
 import typer
 from accelerate import Accelerator
 
-from training.answers import Answer, AnswerFile, answers
+from training.answers import own_answers
 from training.examples import examples_of, held_out, is_held_out, most_used
 from training.head_accuracy import accuracies, write_measures
 from training.hidden import HiddenStates, hidden_states
@@ -29,11 +28,9 @@ from training.provenance import provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.medusa_checkpoint import save_heads
-from workers.engine import Engine
 from workers.model.checkpoint import load_checkpoint
 from workers.model.devices import find_device, find_dtype
 from workers.model.quantization import input_embeddings, output_projection
-from workers.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
@@ -94,19 +91,6 @@ def main(
     write_measures(measured, out)
     loss_curve(losses, out / "loss.png")
     (out / "provenance.json").write_text(json.dumps(provenance("training.medusa", options, prompts, learned), indent=1))
-
-
-def own_answers(model_path: str, prompts: Sequence[str], new_tokens: int, path: Path) -> list[Answer]:
-    """The model's answers, with the engine that serves; decoded once."""
-    with Engine.load(model_path, kv_tokens=65536, max_requests=64) as engine:
-        WarmUp(engine, model_path, measure=False).wait()
-
-        def progress(done: int) -> None:
-            if done % 100 == 0:
-                logger.info("%d of %d prompts answered", done, len(prompts))
-
-        found = answers(engine, prompts, new_tokens, AnswerFile(path), progress)
-        return [answer for answer in found if len(answer.answer) > 1]
 
 
 def train_heads(

@@ -1,6 +1,6 @@
 """Pictures beside trained weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -34,11 +34,20 @@ def loss_curve(losses: Sequence[float], path: Path) -> None:
         axes.plot([start * stretch for start in range(len(means))], means, linewidth=1)
 
 
-def accuracy_picture(measured: Sequence[Sequence[float]], path: Path) -> None:
+def accuracy_picture(measured: Sequence[Sequence[float]], path: Path, whose: str) -> None:
     """How often a head's guess is right, by rank: the share that is right among its first guesses."""
     with _axes(path, "guesses", "right among them") as axes:
         for head, ranks in enumerate(measured):
             shares = [sum(ranks[:count]) for count in range(1, len(ranks) + 1)]
-            axes.plot(range(1, len(ranks) + 1), shares, marker=".", label=f"head {head}")
+            axes.plot(range(1, len(ranks) + 1), shares, marker=".", label=f"{whose} {head}")
         axes.set_ylim(0, 1)
+        axes.legend()
+
+
+def lines_picture(across: Sequence[int], lines: Mapping[str, Sequence[float]], name: str, path: Path) -> None:
+    """Named lines over common places, each beside 1."""
+    with _axes(path, name, "beside one row") as axes:
+        for label, values in lines.items():
+            axes.plot(across, values, marker=".", label=label)
+        axes.set_ylim(bottom=0)
         axes.legend()

@@ -71,6 +71,8 @@ def custom_generate(
             streamer.put(input_ids.cpu())
         with borrowed(model):
             decoder = make_method(method, load_adapters(paths, model))
+            if settings.tree and settings.tree not in decoder.trees:
+                raise ValueError(f"unknown tree {settings.tree!r}; known: {', '.join(decoder.trees) or 'none'}")
             for start in range(0, len(rows), TOGETHER):
                 _decode(model, decoder, rows[start : start + TOGETHER], settings, streamer)
         if streamer is not None:

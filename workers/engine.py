@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from time import perf_counter
@@ -110,11 +111,12 @@ class Engine:
         runner = _runner(checkpoint.model, kv_tokens)
         self.context_length = runner.context_length
         self.kv_tokens = runner.kv_tokens
+        trees = {name: decoder.trees for name, decoder in decoders.items()}
         self._limits = Limits(
-            runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), self.methods, self._draft
+            runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), self.methods, self._draft, trees
         )
         try:
-            check_draft(self._draft, runner.context_length)
+            check_draft(self._draft, runner.context_length, list(chain.from_iterable(trees.values())))
         except RequestError as error:
             raise ModelLoadError(str(error)) from error
         self._core = EngineCore(

@@ -1,12 +1,11 @@
 """From a client's parameters to a checked request in tokens; every refusal is one readable line."""
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.errors import ErrorCode, RequestError
 from protocol.generation import DraftSettings, GenerateParams
-from workers.decoding.medusa import published_trees
 from workers.model.sampling import Sampling
 from workers.prompts import Prompt, PromptRenderer
 from workers.request import GenerationRequest
@@ -17,13 +16,14 @@ MAX_CHARACTERS_PER_TOKEN = 64  # more than any text averages
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can take."""
+    """What the model can take. ``trees`` are method → names that ``draft.tree`` may have with it."""
 
     context_length: int
     vocabulary: int
     stop_token_ids: frozenset[int]
     methods: tuple[str, ...]
     draft: DraftSettings = field(default_factory=DraftSettings)
+    trees: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
 def resolve(
@@ -48,18 +48,19 @@ def resolve(
         raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, "prompt: must not be empty")
     _check_tokens("logit_bias", params.logit_bias, limits.vocabulary)
     _check_tokens("stop_token_ids", params.stop_token_ids, limits.vocabulary)
+    method = _method(params, limits.methods, defaults)
     return GenerationRequest(
         request_id=request_id,
         prompt=prompt.token_ids,
         sampling=_sampling(params),
         max_new_tokens=_new_tokens(params, prompt, limits.context_length),
-        method=_method(params, limits.methods, defaults),
+        method=method,
         stop_token_ids=limits.stop_token_ids | frozenset(params.stop_token_ids),
         stop_strings=tuple(params.stop),
         echo=prompt.text if params.echo else "",
         logprobs=params.logprobs,
         trace=params.trace,
-        draft=_draft(params, limits),
+        draft=_draft(params, limits, method),
     )
 
 
@@ -114,16 +115,18 @@ def _method(params: GenerateParams, methods: tuple[str, ...], defaults: Mapping[
     return method
 
 
-def _draft(params: GenerateParams, limits: Limits) -> DraftSettings:
-    draft = params.draft.over(limits.draft)
-    check_draft(draft, limits.context_length)
+def _draft(params: GenerateParams, limits: Limits, method: str) -> DraftSettings:
+    trees = limits.trees.get(method, ())
+    default = limits.draft if limits.draft.tree in trees else limits.draft.model_copy(update={"tree": None})
+    draft = params.draft.over(default)
+    check_draft(draft, limits.context_length, trees)
     return draft
 
 
-def check_draft(draft: DraftSettings, context_length: int) -> None:
-    """Refuse a lookahead window that no context could hold, and unknown trees. Raises RequestError."""
-    if draft.tree and draft.tree not in published_trees():
-        known = ", ".join(published_trees())
+def check_draft(draft: DraftSettings, context_length: int, trees: Collection[str]) -> None:
+    """Refuse a lookahead window that no context could hold, and trees that are not known. Raises RequestError."""
+    if draft.tree and draft.tree not in trees:
+        known = ", ".join(trees) or "this method has none"
         raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, f"draft.tree: unknown tree {draft.tree!r}; known: {known}")
     if draft.window and draft.window + (draft.level or 3) > context_length:
         message = f"draft.window: {draft.window} does not fit into the context of {context_length} tokens"

@@ -88,8 +88,9 @@ class _Tuned(Budget):
         asking[1] = 0 if asking[0] >= LEAST else (asking[1] + 1) % REST
         return asking[1] == 0
 
-    def best(self, options: Sequence[tuple[int, float]], default: int) -> int | None:
-        rates = [self._rate(rows, gain) for rows, gain in options]
+    def best(self, options: Sequence[tuple[int, float]], default: int, thread: DraftThread | None = None) -> int | None:
+        scale = 1.0 if thread is None else trust(thread)
+        rates = [self._rate(rows, scale * gain) for rows, gain in options]
         return rates.index(max(rates)) if max(rates) > MARGIN * self._rate(0, 0.0) else None
 
     def _rate(self, rows: int, gain: float) -> float:

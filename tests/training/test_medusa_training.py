@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.answers import Turn
-from benchmarks.replay import replayed, states_of
+from benchmarks.recorded import records_of
+from benchmarks.replay import replayed
 from benchmarks.settings import Setting, decode
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from training.answers import Answer, AnswerFile, answers
@@ -106,12 +107,12 @@ def test_trained_heads_are_saved_loaded_and_accepted(
     assert torch.equal(loaded.token_ids, token_ids)  # type: ignore[arg-type]
     assert len(json.loads((tmp_path / "heads" / "tree.json").read_text())) <= 64
     with tiny_engine(methods=["medusa"], adapters={"medusa": tmp_path / "heads"}, tune=False) as engine:
-        setting, states_by_answer = Setting.parse("medusa:nodes=12"), states_of(engine, learned, tmp_path)
+        setting, records = Setting.parse("medusa:nodes=12"), records_of(engine, learned, tmp_path)
         for prompt, known in zip(PROMPTS[:6], learned, strict=False):
             turn = Turn("set", "", 0, 0, [{"role": "user", "content": prompt}], known)
             decoded = decode(engine, setting, turn)
             assert [token for tokens in decoded for token in tokens] == known.answer
-            assert list(map(len, decoded)) == replayed(engine, setting, known, states_by_answer)
+            assert list(map(len, decoded)) == replayed(engine, setting, known, records)
         assert engine.counters.accepted > 0
 
 

@@ -1,7 +1,7 @@
 """What a decoding method is: it drafts a token tree for each of its threads, and learns from what became of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,8 +36,13 @@ class Budget:
         """Whether to draft for a thread in this step at all, where making a draft takes time; ask once a step."""
         return True
 
-    def best(self, options: Sequence[tuple[int, float]], default: int) -> int | None:
+    def best(
+        self, options: Sequence[tuple[int, float]], default: int, thread: "DraftThread | None" = None
+    ) -> int | None:
         """Which of some options is worth most: each is rows, and the tokens a step that they bring in the long run.
+
+        Args:
+            thread: whose acceptance so far tells how far these tokens are to be trusted; None if they are measured.
 
         Returns:
             Its index, None if none is worth its rows, ``default`` where there are no prices.
@@ -118,11 +123,13 @@ class Method(ABC):
     Attributes:
         root_needs: what it wants back of a thread's last row.
         row_needs: what it wants back of every candidate row beside the logits, also of those merged into its tree.
+        trees: names that ``draft.tree`` may have.
     """
 
     name: str
     root_needs: Needs = Needs.LOGITS
     row_needs: Needs = Needs.NOTHING
+    trees: Collection[str] = ()
 
     @abstractmethod
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:

@@ -34,6 +34,7 @@ class Medusa(Method):
 
     def __init__(self, heads: MedusaHeads | Int8Heads) -> None:
         self._heads = heads
+        self.trees = published_trees().keys()
 
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
         trees = [EMPTY_TREE] * len(threads)

@@ -13,18 +13,16 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.interface import BadAdapter
+from workers.decoding.tensor_file import open_tensors
 from workers.model.quantization import input_embeddings, output_projection
 
 NAMES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", "pytorch_model.bin")
@@ -64,7 +62,7 @@ def _read(path: Path) -> Tensors:
     tensors: Tensors = {}
     merged = False
     for file in files:
-        for name, load in _entries(file).items():
+        for name, load in open_tensors(file).items():
             own = OWN_PREFIX.sub("", name)
             if own != name or BLOCK.match(name) or PROJECTION.match(name) or name in (TOKEN_MAP, TOKEN_WEIGHT):
                 merged |= own != name
@@ -76,20 +74,6 @@ def _read(path: Path) -> Tensors:
             f"no Medusa heads in {files[0].name}: no key like 0.0.linear.weight or blocks.0.layers.0.weight"
         )
     return tensors
-
-
-def _entries(file: Path) -> Mapping[str, Callable[[], torch.Tensor]]:
-    """Key → how to load it. Pickles are read as plain tensors only."""
-    try:
-        if file.suffix == ".safetensors":
-            opened = safe_open(file, framework="pt")
-            return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: partial(loaded.__getitem__, name) for name in loaded if torch.is_tensor(loaded[name])}
-    except (OSError, SafetensorError) as error:
-        raise BadAdapter(f"{file.name} cannot be read: {error}") from None
-    except Exception:  # whatever a pickle of something else raises
-        raise BadAdapter(f"{file.name} does not hold plain tensors: save it again as safetensors") from None
 
 
 def _assemble(tensors: Tensors, output: torch.Tensor, embeddings: torch.Tensor) -> MedusaHeads:

@@ -72,6 +72,7 @@ class WithNgrams(Method):
         self.name = f"{base.name}+ngram"
         self.root_needs = base.root_needs
         self.row_needs = base.row_needs
+        self.trees = base.trees
         self._base = base
 
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:

@@ -11,6 +11,8 @@ from workers.decoding.interface import BadAdapter, Method
 from workers.decoding.lookahead import Lookahead
 from workers.decoding.medusa import Medusa
 from workers.decoding.ngram import Ngram, WithNgrams
+from workers.decoding.ppd import Ppd
+from workers.decoding.ppd_checkpoint import load_prompt_tokens
 from workers.decoding.vanilla import Vanilla
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -21,6 +23,7 @@ METHODS: dict[str, Callable[[], Method]] = {
 # Methods that need trained weights, and how these are loaded from a path for a model.
 TRAINED: dict[str, tuple[Callable[[Any], Method], Callable[[Path, PreTrainedModel], Any]]] = {
     "medusa": (Medusa, load_drafting_heads),
+    "ppd": (Ppd, load_prompt_tokens),
 }
 BASELINE = "vanilla"  # always served
 NGRAM_SUFFIX = "+ngram"

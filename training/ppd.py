@@ -1,0 +1,179 @@
+"""``python -m training.ppd``: prompt tokens for any model, from its own answers to prompts (PPD, Chen et al. 2024).
+
+The base stays as it is. Teacher and prompt tokens speak in the same pass over an answer, with many chains of prompt
+rows at once; the loss is the divergence of what they say, with weights 0.8^i. Beside the prompt tokens the folder gets
+their accuracies on answers held out, the trees that follow, the loss curve, and where all of it came from.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from training.answers import Answer, own_answers
+from training.examples import HELD_OUT
+from training.loop import Schedule, train
+from training.pictures import loss_curve
+from training.precision import fast_products, has_fast_bfloat16
+from training.prompt_accuracy import measured_accuracies, write_prompt_measures
+from training.prompt_rows import prompt_states, read_text
+from training.prompts import Benchmarks, load_prompts, read_questions
+from training.provenance import provenance
+from training.vocabulary_loss import vocabulary_loss
+from workers.decoding.ppd_checkpoint import save_prompt_tokens
+from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
+from workers.model.checkpoint import load_checkpoint
+from workers.model.devices import find_device, find_dtype
+from workers.model.quantization import input_embeddings, output_projection
+
+logger = logging.getLogger(__name__)
+
+DECAY = 0.8  # of the loss from special token to special token
+NOISE = 0.01  # that virtual tokens of one special token start apart
+SHOWN = {"model_path", "count", "new_tokens", "special", "virtual", "attention"}
+SHOWN |= {"steps", "texts", "places", "learning_rate", "seed"}  # options that make the tokens what they are
+
+
+def main(
+    prompts: Annotated[Path, typer.Option(help="JSONL with a prompt a line")],
+    out: Annotated[Path, typer.Option(help="folder for the prompt tokens")],
+    avoid: Annotated[
+        list[Path] | None, typer.Option(help="benchmark files: their questions are not trained on")
+    ] = None,
+    model_path: str = "smollm2-135m",
+    count: Annotated[int | None, typer.Option(help="prompts; by default all")] = None,
+    new_tokens: Annotated[int, typer.Option(help="longest answer")] = 192,
+    special: Annotated[int, typer.Option(min=1, help="S, tokens ahead that are guessed")] = 3,
+    virtual: Annotated[int, typer.Option(min=1, help="v, rows for each of them")] = 1,
+    attention: Annotated[str, typer.Option(help=", ".join(ATTENTIONS))] = "ensemble",
+    steps: int = 600,
+    texts: Annotated[int, typer.Option(min=1, help="answers a step")] = 4,
+    places: Annotated[int, typer.Option(min=1, help="places of an answer that a step learns from")] = 48,
+    learning_rate: float = 1e-2,
+    cache: Annotated[Path, typer.Option(help="answers and checkpoints")] = Path("runs/training"),
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a training that was killed")] = False,
+    seed: int = 0,
+) -> None:
+    """Answer the prompts, train the prompt tokens, measure them."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if attention not in ATTENTIONS:
+        raise typer.BadParameter(f"--attention {attention}: known are {', '.join(ATTENTIONS)}")
+    options = {name: value for name, value in locals().items() if name in SHOWN}
+    benchmarks = Benchmarks(read_questions(avoid or []))
+    chosen = load_prompts(prompts, benchmarks, count=count, seed=seed, longest=1200)
+    answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
+    device = find_device(None)
+    checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)
+    first = int((1 - HELD_OUT) * len(answered))
+    learned, losses = train_prompt_tokens(
+        checkpoint.model,
+        answered[:first],
+        blank_tokens(checkpoint.model, special, virtual, attention, seed),
+        texts=texts,
+        places=places,
+        schedule=Schedule(steps, learning_rate),
+        seed=seed,
+        checkpoint=cache / f"ppd-{checkpoint.name}.pt",
+        resume=resume,
+    )
+    save_prompt_tokens(learned, out, checkpoint.name)
+    write_prompt_measures(measured_accuracies(checkpoint.model, learned, answered[first:]), out)
+    loss_curve(losses, out / "loss.png")
+    (out / "provenance.json").write_text(json.dumps(provenance("training.ppd", options, prompts, answered), indent=1))
+
+
+def blank_tokens(model: PreTrainedModel, special: int, virtual: int, attention: Attention, seed: int) -> PromptTokens:
+    """Prompt tokens that say nothing yet: all near the mean of the model's embeddings."""
+    mean = input_embeddings(model).float().mean(0)
+    noise = torch.randn(special, virtual, len(mean), generator=torch.Generator().manual_seed(seed))
+    return PromptTokens(mean + NOISE * noise.to(mean.device), attention)
+
+
+def train_prompt_tokens(
+    model: PreTrainedModel,
+    answers: Sequence[Answer],
+    tokens: PromptTokens,
+    *,
+    texts: int,
+    places: int,
+    schedule: Schedule,
+    seed: int,
+    checkpoint: Path,
+    resume: bool,
+    stop_at: int | None = None,
+) -> tuple[PromptTokens, list[float]]:
+    """Prompt tokens trained from ``tokens``, and the losses of their training; see :func:`training.loop.train`.
+
+    Args:
+        texts: answers that a step learns from; places: chains of prompt rows in each of them, at most.
+    """
+    accelerator = Accelerator()
+    model.requires_grad_(False)
+    module = _Embeddings(tokens.embeddings.to(accelerator.device))
+    dtype = torch.bfloat16 if has_fast_bfloat16(model.device) else torch.float32
+    projection = output_projection(model).to(dtype)
+    seen, started = 0, perf_counter()
+
+    def loss_of(step: int) -> torch.Tensor:
+        nonlocal seen
+        draws = np.random.default_rng([seed, step])
+        drawn = [answers[number] for number in draws.integers(len(answers), size=texts)]
+        chosen = [_places(answer, places, draws) for answer in drawn]
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        losses = [
+            _loss(model, PromptTokens(module.embeddings, tokens.attention), answer, own, projection)
+            for answer, own in list(zip(drawn, chosen, strict=True))[mine]
+        ]
+        seen += sum(map(len, chosen)) * len(tokens)
+        return torch.stack(losses).mean()
+
+    losses = train(module, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
+    logger.info("%d prompt tokens trained, %.0f a second", seen, seen / (perf_counter() - started))
+    return PromptTokens(module.embeddings.detach().cpu(), tokens.attention), losses
+
+
+class _Embeddings(nn.Module):
+    """All that is trained."""
+
+    def __init__(self, embeddings: torch.Tensor) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(embeddings.clone())
+
+
+def _places(answer: Answer, most: int, draws: np.random.Generator) -> torch.Tensor:
+    """int64[K]: places of an answer behind which at least one token is left to foresee, at most so many."""
+    first, behind = len(answer.prompt) - 1, len(answer.prompt) + len(answer.answer) - 1
+    places = draws.choice(np.arange(first, behind), size=min(most, behind - first), replace=False)
+    return torch.from_numpy(np.sort(places))
+
+
+def _loss(
+    model: PreTrainedModel, tokens: PromptTokens, answer: Answer, places: torch.Tensor, projection: torch.Tensor
+) -> torch.Tensor:
+    """Cross entropy with what the model itself says where the prompt tokens stand."""
+    places = places.to(model.device)
+    with fast_products(model.device):
+        text = read_text(model, answer.prompt + answer.answer)
+        foreseen = prompt_states(model, tokens, text, places).float()
+    total = foreseen.new_zeros(())
+    for special in range(len(tokens)):
+        rows = places + 1 + special
+        there = rows < len(text.states)
+        teacher = text.states[rows.clamp(max=len(text.states) - 1)].float()
+        total = total + DECAY**special * vocabulary_loss(
+            foreseen[:, special], teacher, projection, there, projection.dtype
+        )
+    return total
+
+
+if __name__ == "__main__":
+    typer.run(main)
