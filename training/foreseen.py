@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from training.answers import Answer
-from training.prompt_rows import prompt_states, read_text
+from training.prompt_rows import prompt_states, read_texts
 from workers.decoding.prompt_tokens import PromptTokens
 from workers.model.quantization import output_projection
 
@@ -45,9 +45,9 @@ def foreseen_guesses(
 
 @torch.inference_mode()
 def _guesses(model: PreTrainedModel, tokens: PromptTokens, answer: Answer) -> ForeseenGuesses:
-    text = read_text(model, answer.prompt + answer.answer)
+    text = read_texts(model, [answer.prompt + answer.answer])
     places = torch.arange(len(answer.answer), device=model.device) + len(answer.prompt) - 1
-    states = torch.cat([prompt_states(model, tokens, text, part) for part in places.split(TOGETHER)])
+    states = torch.cat([prompt_states(model, tokens, text, part[None])[0] for part in places.split(TOGETHER)])
     best = (states @ output_projection(model).T).float().softmax(-1).topk(WIDTH)
     return ForeseenGuesses(best.indices.cpu().numpy(), best.values.cpu().numpy())
 

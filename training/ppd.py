@@ -23,9 +23,9 @@ from training.answers import Answer, own_answers
 from training.examples import HELD_OUT
 from training.loop import Schedule, train
 from training.pictures import loss_curve
-from training.precision import fast_products, has_fast_bfloat16
+from training.precision import fast_products, has_fast_bfloat16, quicken
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
-from training.prompt_rows import prompt_states, read_text
+from training.prompt_rows import prompt_states, read_texts
 from training.prompts import Benchmarks, load_prompts, read_questions
 from training.provenance import provenance
 from training.vocabulary_loss import vocabulary_loss
@@ -73,6 +73,7 @@ def main(
     answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)
+    quicken(checkpoint.model)
     first = int((1 - HELD_OUT) * len(answered))
     learned, losses = train_prompt_tokens(
         checkpoint.model,
@@ -86,7 +87,8 @@ def main(
         resume=resume,
     )
     save_prompt_tokens(learned, out, checkpoint.name)
-    write_prompt_measures(measured_accuracies(checkpoint.model, learned, answered[first:]), out)
+    with fast_products(device):
+        write_prompt_measures(measured_accuracies(checkpoint.model, learned, answered[first:]), out)
     loss_curve(losses, out / "loss.png")
     (out / "provenance.json").write_text(json.dumps(provenance("training.ppd", options, prompts, answered), indent=1))
 
@@ -127,14 +129,11 @@ def train_prompt_tokens(
         nonlocal seen
         draws = np.random.default_rng([seed, step])
         drawn = [answers[number] for number in draws.integers(len(answers), size=texts)]
-        chosen = [_places(answer, places, draws) for answer in drawn]
+        chosen = torch.stack([_places(answer, places, draws) for answer in drawn])
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        losses = [
-            _loss(model, PromptTokens(module.embeddings, tokens.attention), answer, own, projection)
-            for answer, own in list(zip(drawn, chosen, strict=True))[mine]
-        ]
-        seen += sum(map(len, chosen)) * len(tokens)
-        return torch.stack(losses).mean()
+        seen += chosen.numel() * len(tokens)
+        own = PromptTokens(module.embeddings, tokens.attention)
+        return _loss(model, own, drawn[mine], chosen[mine].to(model.device), projection)
 
     losses = train(module, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
     logger.info("%d prompt tokens trained, %.0f a second", seen, seen / (perf_counter() - started))
@@ -149,28 +148,32 @@ class _Embeddings(nn.Module):
         self.embeddings = nn.Parameter(embeddings.clone())
 
 
-def _places(answer: Answer, most: int, draws: np.random.Generator) -> torch.Tensor:
-    """int64[K]: places of an answer behind which at least one token is left to foresee, at most so many."""
+def _places(answer: Answer, count: int, draws: np.random.Generator) -> torch.Tensor:
+    """int64[K]: places of an answer behind which at least one token is left to foresee, some twice in short answers."""
     first, behind = len(answer.prompt) - 1, len(answer.prompt) + len(answer.answer) - 1
-    places = draws.choice(np.arange(first, behind), size=min(most, behind - first), replace=False)
-    return torch.from_numpy(np.sort(places))
+    return torch.from_numpy(np.sort(draws.choice(np.arange(first, behind), count, replace=count > behind - first)))
 
 
 def _loss(
-    model: PreTrainedModel, tokens: PromptTokens, answer: Answer, places: torch.Tensor, projection: torch.Tensor
+    model: PreTrainedModel,
+    tokens: PromptTokens,
+    answers: Sequence[Answer],
+    places: torch.Tensor,
+    projection: torch.Tensor,
 ) -> torch.Tensor:
-    """Cross entropy with what the model itself says where the prompt tokens stand."""
-    places = places.to(model.device)
+    """Cross entropy with what the model itself says where the prompt tokens stand, behind places int64[B, K]."""
+    paths = [answer.prompt + answer.answer for answer in answers]
+    ends = torch.tensor([len(path) for path in paths], device=places.device)[:, None]
     with fast_products(model.device):
-        text = read_text(model, answer.prompt + answer.answer)
-        foreseen = prompt_states(model, tokens, text, places).float()
+        texts = read_texts(model, paths)
+        foreseen = prompt_states(model, tokens, texts, places).float()
     total = foreseen.new_zeros(())
     for special in range(len(tokens)):
-        rows = places + 1 + special
-        there = rows < len(text.states)
-        teacher = text.states[rows.clamp(max=len(text.states) - 1)].float()
+        there = places + 1 + special < ends
+        rows = (places + 1 + special).clamp(max=texts.states.shape[1] - 1)
+        teacher = texts.states.gather(1, rows[..., None].expand(-1, -1, texts.states.shape[2])).float()
         total = total + DECAY**special * vocabulary_loss(
-            foreseen[:, special], teacher, projection, there, projection.dtype
+            foreseen[:, :, special].flatten(0, 1), teacher.flatten(0, 1), projection, there.flatten(), projection.dtype
         )
     return total
 

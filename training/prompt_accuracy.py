@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from training.answers import Answer
 from training.head_accuracy import RANKS, write_accuracies
-from training.prompt_rows import prompt_states, read_text
+from training.prompt_rows import prompt_states, read_texts
 from workers.decoding.dynamic_tree import trees_json
 from workers.decoding.prompt_tokens import PromptTokens
 from workers.decoding.tree_builder import build_tree
@@ -28,8 +28,8 @@ def measured_accuracies(
     for answer in answers:
         path = torch.tensor(answer.prompt + answer.answer)
         places = torch.arange(len(answer.prompt) - 1, len(path) - 1, stride)
-        text = read_text(model, path.tolist())
-        best = (prompt_states(model, tokens, text, places.to(model.device)) @ projection.T).topk(RANKS).indices.cpu()
+        states = prompt_states(model, tokens, read_texts(model, [path.tolist()]), places[None].to(model.device))[0]
+        best = (states.to(projection.dtype) @ projection.T).topk(RANKS).indices.cpu()
         for special in range(len(tokens)):
             there = places + 2 + special < len(path)
             right = best[there, special] == path[places[there] + 2 + special, None]

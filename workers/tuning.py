@@ -49,9 +49,9 @@ class Tuner:
                 seen[:] = [value * RECOVERY for value in seen]
             if seen[0] > MEMORY:
                 seen[:] = [value / 2 for value in seen]
-            if asking := thread.state.get("asking"):
-                gain, rested = asking
-                asking[0] += RECENT * (len(outcome.rows) - gain) if not rested else 0.0
+            gain, rested = thread.state.get("asking", (0.0, True))
+            if not rested:
+                thread.state["asking"][0] += RECENT * (len(outcome.rows) - gain)
 
 
 def trust(thread: DraftThread) -> float:

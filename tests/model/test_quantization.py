@@ -18,7 +18,7 @@ def test_a_layer_is_close_to_its_original() -> None:
     original = torch.nn.Linear(40, 30)
     original.weight.data[3] = 0
     x = torch.randn(5, 40)
-    layer = Int8Linear(original.weight.detach(), original.bias.detach() if original.bias is not None else None)
+    layer = Int8Linear(original.weight, original.bias)
     assert layer.weight.dtype == torch.int8
     assert (layer(x) - original(x)).abs().max() < 0.02
 

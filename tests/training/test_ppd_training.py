@@ -15,7 +15,7 @@ from training.answers import Answer, AnswerFile, answers
 from training.loop import Schedule
 from training.ppd import blank_tokens, train_prompt_tokens
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
-from training.prompt_rows import prompt_states, read_text
+from training.prompt_rows import prompt_states, read_texts
 from workers.decoding.ppd_checkpoint import save_prompt_tokens
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
 from workers.model.batch import Run
@@ -56,7 +56,8 @@ def test_rows_of_many_chains_are_those_of_single_ones(family: str, attention: At
     ids = list(range(40, 60))
     places = torch.tensor([3, 12, 19])
     with torch.inference_mode():
-        together = prompt_states(model, tokens, read_text(model, ids), places)
+        texts = read_texts(model, [ids, ids[:5]])
+        together = prompt_states(model, tokens, texts, torch.stack([places, places.clamp(max=4)]))[0]
     runner = ModelRunner(model, kv_tokens=512)
     for number, place in enumerate(places.tolist()):
         table = runner.new_table()

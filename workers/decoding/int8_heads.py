@@ -19,11 +19,11 @@ class Int8Heads:
     def __init__(self, heads: MedusaHeads) -> None:
         self._blocks = [
             [Int8Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-            for weights, biases in zip(heads.weight.detach(), heads.bias.detach(), strict=True)
+            for weights, biases in zip(heads.weight, heads.bias, strict=True)
         ]
         own = heads.projection if heads.projection.ndim == 3 else heads.projection[None]
         self._projections = [Int8Linear(projection) for projection in own]
-        self._token = None if heads.token_weight is None else Int8Linear(heads.token_weight.detach())
+        self._token = None if heads.token_weight is None else Int8Linear(heads.token_weight)
         self._embeddings = heads.embeddings
         self._token_ids = heads.token_ids
 

@@ -52,6 +52,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         super().__init__()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         scale = (weight.float().abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
         self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
@@ -92,9 +93,7 @@ def quantize_int8(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     before = _log_probabilities(model, ids)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(
-                name, Int8Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
-            )
+            model.set_submodule(name, Int8Linear(module.weight, module.bias))
     after = _log_probabilities(model, ids)
     targets = ids[0, 1:, None]
     return Quantization(
