@@ -13,7 +13,7 @@ from training.answers import Answer, Key
 from training.foreseen import ForeseenGuesses, foreseen_guesses
 from training.hidden import hidden_states
 from workers.decoding.interface import Outcome
-from workers.decoding.ppd import chain_rows
+from workers.decoding.ppd import chains_of
 from workers.decoding.prompt_tokens import PromptTokens
 from workers.engine import Engine
 from workers.model.runner import ModelRunner
@@ -57,7 +57,7 @@ class RecordedGuesses:
         tokens = torch.from_numpy(self.guesses.tokens[place])
         chances = torch.from_numpy(self.guesses.chances[place])
         others = (1 - chances.sum(1)).clamp(min=1e-9) / self.vocabulary
-        for number, row in enumerate(chain_rows(tree, taken.rows[-1] if taken.rows else ROOT)):
+        for number, row in enumerate(chains_of(tree).get(taken.rows[-1] if taken.rows else ROOT, [])):
             special = number // self.virtual
             logits[1 + row] = others[special].log()
             logits[1 + row, tokens[special]] = chances[special].log()

@@ -18,7 +18,8 @@ from protocol.generation import DraftSettings
 from tests.decoding.test_methods import answers, assert_same, requests
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from workers.decoding.interface import BadAdapter, Budget, Outcome
-from workers.decoding.ppd import STATE, Foreseen, Ppd, chain_rows
+from workers.decoding.ngram import WithNgrams
+from workers.decoding.ppd import STATE, Foreseen, Ppd, chains_of
 from workers.decoding.ppd_checkpoint import load_prompt_tokens, save_prompt_tokens
 from workers.decoding.prompt_plan import end_chances, plan_rows
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
@@ -165,11 +166,11 @@ def test_trees_are_trees_within_their_budget(
     candidates = [row for row, candidate in enumerate(tree.candidate) if candidate]
     paths = {row: tree.depths[row] for row in candidates}
     assert all(tree.token_ids[row] // 100 == depth for row, depth in paths.items())
-    owned = [row for node in (ROOT, *candidates) for row in chain_rows(tree, node)]
+    owned = [row for node in (ROOT, *candidates) for row in chains_of(tree).get(node, [])]
     assert sorted(owned + candidates) == list(range(len(tree))), "every prompt row hangs on one node"
     visible = tree.visibility()
     for node in (ROOT, *candidates):
-        chain = chain_rows(tree, node)
+        chain = chains_of(tree).get(node, [])
         if not chain:
             continue
         start = tree.depths[node] if node != ROOT else 0
@@ -200,14 +201,25 @@ def test_the_guesses_are_those_of_the_accepted_node() -> None:
     method = Ppd(random_tokens(3, 2))
     thread = drafting_thread([[0.4, 0.3, 0.2], [0.4, 0.3, 0.2]], nodes=60)
     (tree,) = method.draft([thread], Budget(60))
-    node = max(row for row, candidate in enumerate(tree.candidate) if candidate and chain_rows(tree, row))
+    node, chain = max((row, rows) for row, rows in chains_of(tree).items() if row != ROOT)
     logits = torch.full((1 + len(tree), 300), -9.0)
-    for place, row in enumerate(chain_rows(tree, node)):
+    for place, row in enumerate(chain):
         logits[1 + row, 50 + place // 2] = 5.0 + place % 2
     every = range(len(logits))
     method.observe([thread], [Outcome(tree, [node], [1, 2], logits, None, every, every)])
     guesses = thread.state[STATE].tokens
-    assert [ranks[0] for ranks in guesses] == [50 + depth for depth in range(len(chain_rows(tree, node)) // 2)]
+    assert [ranks[0] for ranks in guesses] == [50 + depth for depth in range(len(chain) // 2)]
+
+
+def test_candidates_of_others_get_chains() -> None:
+    """Behind n-grams that prompt tokens did not foresee, the next step has guesses as well."""
+    thread = drafting_thread([[0.4, 0.3, 0.2]], nodes=12)
+    thread.token_ids = thread.token_ids * 4
+    (alone,) = Ppd(random_tokens()).draft([thread], Budget(60))
+    (tree,) = WithNgrams(Ppd(random_tokens())).draft([thread], Budget(60))
+    assert alone.token_ids == tree.token_ids[: len(alone)]
+    added = [row for row in range(len(alone), len(tree)) if tree.candidate[row]]
+    assert added and any(chains_of(tree).get(row) for row in added)
 
 
 # ---- drafts ----------------------------------------------------------------------------------------------------------

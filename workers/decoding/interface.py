@@ -135,6 +135,10 @@ class Method(ABC):
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
         """One tree of at most ``budget.rows`` rows a thread, from the step of the thread's last prompt chunk on."""
 
+    def complete(self, tree: TokenTree, thread: DraftThread, budget: Budget) -> TokenTree:
+        """Rows of its own behind candidates that others merged into its tree; most methods need none."""
+        return tree
+
     def observe(  # noqa: B027 - most methods learn nothing
         self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]
     ) -> None:

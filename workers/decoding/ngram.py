@@ -77,8 +77,8 @@ class WithNgrams(Method):
 
     def draft(self, threads: Sequence[DraftThread], budget: Budget) -> list[TokenTree]:
         trees = self._base.draft(threads, budget)
-        needs = self.row_needs
-        return [add_ngrams(tree, thread, budget, needs) for tree, thread in zip(trees, threads, strict=True)]
+        merged = [add_ngrams(tree, thread, budget, self.row_needs) for tree, thread in zip(trees, threads, strict=True)]
+        return [self._base.complete(tree, thread, budget) for tree, thread in zip(merged, threads, strict=True)]
 
     def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
         self._base.observe(threads, outcomes)

@@ -4,6 +4,7 @@ The prompt rows' keys and values are never kept. The guesses of the node at whic
 candidates; how many there are is the *state* of that step.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,7 +22,8 @@ from workers.decoding.interface import Budget, DraftThread, Method, Outcome
 from workers.decoding.prompt_plan import COUNTS, plan_rows
 from workers.decoding.prompt_tokens import PromptTokens
 from workers.decoding.sparse_tree import RankPath, best_paths
-from workers.model.tree import EMPTY_TREE, Needs, TokenTree
+from workers.decoding.trie import with_paths
+from workers.model.tree import EMPTY_TREE, Needs, TokenTree, ancestor_closure
 from workers.model.verification import ROOT
 
 WIDTH = 10  # guesses of a prompt token, as published
@@ -71,7 +73,7 @@ class Ppd(Method):
     def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
         logits: list[torch.Tensor] = []
         for outcome in outcomes:
-            chain = chain_rows(outcome.tree, outcome.rows[-1] if outcome.rows else ROOT)
+            chain = chains_of(outcome.tree).get(outcome.rows[-1] if outcome.rows else ROOT)
             if chain:
                 rows = outcome.logits[1 + chain[0] : 2 + chain[-1]].float()
                 logits.append(rows.unflatten(0, (-1, self._tokens.virtual)).mean(1))
@@ -84,6 +86,23 @@ class Ppd(Method):
             pairs = list(islice(found, len(own)))
             foreseen.tokens, foreseen.chances = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
+    def complete(self, tree: TokenTree, thread: DraftThread, budget: Budget) -> TokenTree:
+        """Chains behind candidates that others found, as many as are worth their rows."""
+        chains = chains_of(tree)
+        bare = [row for row, candidate in enumerate(tree.candidate) if candidate and row not in chains]
+        if not bare or len(tree.chances) < len(tree):
+            return tree
+        gains = self._foreseen(thread).gains
+        worth = sorted(
+            ((end * gain, row) for row, end in zip(bare, _ends(tree, bare), strict=True) for gain in gains),
+            reverse=True,
+        )
+        virtual = self._tokens.virtual
+        room = min(thread.draft.nodes or MOST_ROWS, budget.rows - len(tree)) // virtual
+        values = [value / virtual for value, _ in worth[: max(0, room)] for _ in range(virtual)]
+        kept = len(values) if thread.draft.nodes else budget.worth(thread, values, beside=len(tree))
+        return self._with_chains(tree, Counter(row for _, row in worth[: kept // virtual]))
+
     def _foreseen(self, thread: DraftThread) -> Foreseen:
         blank = Foreseen([FIRST_GAIN * NEXT_GAIN**depth for depth in range(len(self._tokens))])
         foreseen: Foreseen = thread.state.setdefault(STATE, blank)
@@ -95,10 +114,10 @@ class Ppd(Method):
         nodes, chains = self._named(thread, chances) or self._planned(thread, foreseen, chances, budget)
         if len(nodes) + self._tokens.virtual * sum(chains) > budget.rows:
             return EMPTY_TREE
-        candidates = [
+        paths = (
             (tuple(foreseen.tokens[depth][rank] for depth, rank in enumerate(path)), chance) for path, chance in nodes
-        ]
-        return self._grown(candidates, chains)
+        )
+        return self._with_chains(with_paths(EMPTY_TREE, paths), dict(enumerate(chains, ROOT)))
 
     def _named(self, thread: DraftThread, chances: list[list[float]]) -> tuple[Nodes, list[int]] | None:
         """The nodes and chains of the tree that the request names."""
@@ -128,49 +147,59 @@ class Ppd(Method):
         foreseen.learn(drafted)
         return drafted, plan.chains(rows)
 
-    def _grown(self, candidates: Sequence[tuple[tuple[int, ...], float]], chains: Sequence[int]) -> TokenTree:
-        """Candidates, parents first, and behind them the chains of the root and of each candidate."""
-        rows = {path: row for row, (path, _) in enumerate(candidates)}
-        token_ids = [path[-1] for path, _ in candidates]
-        parents = [rows.get(path[:-1], ROOT) for path, _ in candidates]
-        depths = [len(path) for path, _ in candidates]
+    def _with_chains(self, tree: TokenTree, chains: Mapping[int, int]) -> TokenTree:
+        """The tree and behind it chains of prompt tokens by the rows (or ROOT) on which they hang: their lengths."""
+        parents, depths = list(tree.parents), list(tree.depths)
         prompts: list[int] = []
-        for node, length in enumerate(chains, ROOT):
+        for node, length in chains.items():
             first, depth = len(parents), depths[node] if node != ROOT else 0
             own = self._tokens.parents[: length * self._tokens.virtual]
             parents += [node if parent == ROOT else first + parent for parent in own]
             depths += [depth + 1 + row // self._tokens.virtual for row in range(len(own))]
             prompts += range(len(own))
-        count = len(candidates)
-        visible = self._visible(tuple(parents), count, prompts) if self._tokens.has_siblings else None
+        if not prompts:
+            return tree
+        embeddings = self._rows[prompts]
         return TokenTree.of(
-            token_ids + [-1] * len(prompts),
+            [*tree.token_ids, *[-1] * len(prompts)],
             parents,
-            candidate=[True] * count + [False] * len(prompts),
-            needs=[Needs.NOTHING] * count + [Needs.LOGITS] * len(prompts),
+            candidate=[*tree.candidate, *[False] * len(prompts)],
+            needs=[*tree.needs, *[Needs.LOGITS] * len(prompts)],
             depths=depths,
-            embeddings=self._rows[prompts] if prompts else None,
-            visible=visible,
-            chances=[chance for _, chance in candidates] + [0.0] * len(prompts),
+            embeddings=embeddings if tree.embeddings is None else torch.cat([tree.embeddings, embeddings]),
+            visible=self._visible(tree, parents, prompts) if self._tokens.has_siblings else None,
+            chances=[*tree.chances, *[0.0] * len(prompts)],
         )
 
-    def _visible(self, parents: tuple[int, ...], count: int, prompts: Sequence[int]) -> np.ndarray:
+    def _visible(self, tree: TokenTree, parents: Sequence[int], prompts: Sequence[int]) -> np.ndarray:
         """Prompt rows also see those of their own special token, which are no ancestors."""
-        visible = TokenTree.of([0] * len(parents), parents).visibility().copy()
-        for row, prompt in enumerate(prompts, count):
+        visible = ancestor_closure(tuple(parents)).copy()
+        visible[: len(tree), : len(tree)] = tree.visibility()
+        for row, prompt in enumerate(prompts, len(tree)):
             first = row - prompt % self._tokens.virtual
             visible[row, first : first + self._tokens.virtual] = True
         return visible
 
 
-def chain_rows(tree: TokenTree, node: int) -> list[int]:
-    """The prompt rows that hang on a row, or on ROOT; they stand one after another."""
+def chains_of(tree: TokenTree) -> dict[int, list[int]]:
+    """The prompt rows by the row, or ROOT, on which they hang; they stand one after another."""
     owners: dict[int, int] = {}
+    chains: dict[int, list[int]] = {}
     for row, token in enumerate(tree.token_ids):
         if token < 0:
             parent = tree.parents[row]
             owners[row] = owners.get(parent, parent)
-    return [row for row, owner in owners.items() if owner == node]
+            chains.setdefault(owners[row], []).append(row)
+    return chains
+
+
+def _ends(tree: TokenTree, rows: Sequence[int]) -> list[float]:
+    """How probable it is that acceptance ends at some rows, by the tree's own estimates."""
+    left = list(tree.chances)
+    for row, parent in enumerate(tree.parents):
+        if parent != ROOT:
+            left[parent] -= tree.chances[row]
+    return [max(0.0, left[row]) for row in rows]
 
 
 @cache
