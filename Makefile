@@ -7,7 +7,7 @@ TORCH := 2.13.0
 PACKAGES := protocol controller workers training traces webui polydecode configs benchmarks
 RUNS ?= runs
 
-.PHONY: help install demo test verify check format trace bench train-medusa clean
+.PHONY: help install demo test verify check format trace bench train-medusa train-ppd clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,10 @@ bench: install ## vanilla beside transformers' generate, and 8 streams beside on
 train-medusa: install ## Medusa heads for the embedded model: PROMPTS=file AVOID="files"
 	$(BIN)/python -m training.medusa --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --resume \
 		--count 4600 --out configs/adapters/smollm2-135m/medusa --cache $(RUNS)/training
+
+train-ppd: install ## prompt tokens for the embedded model: PROMPTS=file AVOID="files"
+	$(BIN)/python -m training.ppd --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --resume \
+		--count 4600 --out configs/adapters/smollm2-135m/ppd --cache $(RUNS)/training
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
