@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from training.answers import Answer, own_answers
+from training.cut_conversations import cut_conversations
 from training.examples import HELD_OUT
 from training.loop import Schedule, train
 from training.pictures import loss_curve
@@ -39,13 +40,17 @@ logger = logging.getLogger(__name__)
 
 DECAY = 0.8  # of the loss from special token to special token
 NOISE = 0.01  # that virtual tokens of one special token start apart
-SHOWN = {"model_path", "count", "new_tokens", "special", "virtual", "attention"}
+SHOWN = {"model_path", "words", "count", "new_tokens", "special", "virtual", "attention"}
 SHOWN |= {"steps", "texts", "places", "learning_rate", "seed"}  # options that make the tokens what they are
 
 
 def main(
-    prompts: Annotated[Path, typer.Option(help="JSONL with a prompt a line")],
     out: Annotated[Path, typer.Option(help="folder for the prompt tokens")],
+    prompts: Annotated[Path | None, typer.Option(help="JSONL with a prompt a line")] = None,
+    conversations: Annotated[
+        Path | None, typer.Option(help="instead, as published: JSON of chats, each cut at one place")
+    ] = None,
+    words: Annotated[str, typer.Option(help="what follows a cut: the model's words, or the data's")] = "model",
     avoid: Annotated[
         list[Path] | None, typer.Option(help="benchmark files: their questions are not trained on")
     ] = None,
@@ -67,12 +72,21 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if attention not in ATTENTIONS:
         raise typer.BadParameter(f"--attention {attention}: known are {', '.join(ATTENTIONS)}")
+    source = prompts or conversations
+    if source is None or (prompts and conversations) or words not in ("model", "data"):
+        raise typer.BadParameter("give --prompts, or --conversations with --words model or data")
     options = {name: value for name, value in locals().items() if name in SHOWN}
     benchmarks = Benchmarks(read_questions(avoid or []))
-    chosen = load_prompts(prompts, benchmarks, count=count, seed=seed, longest=1200)
-    answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
+    if prompts:
+        chosen = load_prompts(prompts, benchmarks, count=count, seed=seed, longest=1200)
+        answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)
+    if conversations:
+        kept = cache / "cut_answers.jsonl"
+        answered = cut_conversations(
+            conversations, checkpoint, benchmarks, special=special, own=words == "model", seed=seed, cache=kept
+        )[:count]
     quicken(checkpoint.model)
     first = int((1 - HELD_OUT) * len(answered))
     learned, losses = train_prompt_tokens(
@@ -90,7 +104,7 @@ def main(
     with fast_products(device):
         write_prompt_measures(measured_accuracies(checkpoint.model, learned, answered[first:]), out)
     loss_curve(losses, out / "loss.png")
-    (out / "provenance.json").write_text(json.dumps(provenance("training.ppd", options, prompts, answered), indent=1))
+    (out / "provenance.json").write_text(json.dumps(provenance("training.ppd", options, source, answered), indent=1))
 
 
 def blank_tokens(model: PreTrainedModel, special: int, virtual: int, attention: Attention, seed: int) -> PromptTokens:
@@ -129,7 +143,7 @@ def train_prompt_tokens(
         nonlocal seen
         draws = np.random.default_rng([seed, step])
         drawn = [answers[number] for number in draws.integers(len(answers), size=texts)]
-        chosen = torch.stack([_places(answer, places, draws) for answer in drawn])
+        chosen = torch.stack([_places(answer, len(tokens), places, draws) for answer in drawn])
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         seen += chosen.numel() * len(tokens)
         own = PromptTokens(module.embeddings, tokens.attention)
@@ -148,9 +162,10 @@ class _Embeddings(nn.Module):
         self.embeddings = nn.Parameter(embeddings.clone())
 
 
-def _places(answer: Answer, count: int, draws: np.random.Generator) -> torch.Tensor:
-    """int64[K]: places of an answer behind which at least one token is left to foresee, some twice in short answers."""
-    first, behind = len(answer.prompt) - 1, len(answer.prompt) + len(answer.answer) - 1
+def _places(answer: Answer, special: int, count: int, draws: np.random.Generator) -> torch.Tensor:
+    """int64[K]: places of an answer behind which a whole chain has tokens to foresee, some twice in short answers."""
+    first = len(answer.prompt) - 1
+    behind = max(first + 1, first + len(answer.answer) - special)
     return torch.from_numpy(np.sort(draws.choice(np.arange(first, behind), count, replace=count > behind - first)))
 
 

@@ -5,22 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.answers import Turn
 from benchmarks.recorded import records_of
 from benchmarks.replay import replayed
 from benchmarks.settings import Setting, decode
+from protocol.generation import ChatMessage
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from training.answers import Answer, AnswerFile, answers
+from training.cut_conversations import cut_conversations
 from training.loop import Schedule
 from training.ppd import blank_tokens, train_prompt_tokens
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
 from training.prompt_rows import prompt_states, read_texts
+from training.prompts import Benchmarks
 from workers.decoding.ppd_checkpoint import save_prompt_tokens
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
 from workers.model.batch import Run
 from workers.model.runner import ModelRunner
 from workers.model.tree import Needs, TokenTree
+from workers.prompts import PromptRenderer
 
 PROMPTS = [f"count {number} and {number + 1}" for number in range(12)]
 
@@ -103,3 +108,43 @@ def test_trained_tokens_are_saved_and_accepted(learned: list[Answer], tmp_path: 
                 assert [token for emitted in decoded for token in emitted] == known.answer
                 assert list(map(len, decoded)) == replayed(engine, setting, known, records)
         assert engine.counters.accepted > 0
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_published_data_is_one_cut_a_conversation(own: bool, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint()
+    renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name)
+    said = [("human", "hello"), ("gpt", "a long enough answer"), ("human", "bye"), ("gpt", "no")]
+    chats: list[dict[str, object]] = [{"conversations": [{"from": role, "value": text} for role, text in said]}]
+    chats.append(
+        {"messages": [{"role": "user", "content": "What is new?"}, {"role": "assistant", "content": "all of it"}]}
+    )
+    (tmp_path / "chats.json").write_text(json.dumps(chats))
+    path, cache = tmp_path / "chats.json", tmp_path / "cut.jsonl"
+    found = cut_conversations(path, checkpoint, Benchmarks([]), special=3, own=own, seed=0, cache=cache)
+    first = renderer.render([ChatMessage(role="user", content="hello")]).token_ids
+    whole = first + renderer.encode("a long enough answer").token_ids
+    assert len(found) == 2, "the answer 'no' is too short: the one before it is cut"
+    cut = found[0]
+    assert whole[: len(cut.prompt)] == cut.prompt and len(first) <= len(cut.prompt) and len(cut.answer) == 4
+    if own:
+        ids = torch.tensor([cut.prompt])
+        assert cut.answer == greedy(checkpoint.model, ids, 4)
+        again = cut_conversations(path, checkpoint, Benchmarks([]), special=3, own=own, seed=0, cache=cache)
+        assert again == found and len(cache.read_text().splitlines()) == 2
+    else:
+        assert whole[len(cut.prompt) : len(cut.prompt) + 4] == cut.answer
+    left = cut_conversations(path, checkpoint, Benchmarks(["What is new?"]), special=3, own=own, seed=0, cache=cache)
+    assert left == found[:1]
+    for wrong in ('[{"text": "a"}]', "[3]", '[{"messages": [{"role": "judge", "content": "a"}]}]'):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="no conversation: "):
+            cut_conversations(path, checkpoint, Benchmarks([]), special=3, own=own, seed=0, cache=cache)
+
+
+def greedy(model: PreTrainedModel, ids: torch.Tensor, count: int) -> list[int]:
+    start = ids.shape[1]
+    with torch.inference_mode():
+        for _ in range(count):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, start:].tolist()
