@@ -110,7 +110,7 @@ def main(
                 work = partial(results.of, engine, setting, sampled=sampled)
                 columns[setting.name] = list(pool.map(work, turns))
                 print(summary(setting.name, columns[setting.name]), flush=True)
-        for line in table(turns, {name: [len(one.steps) for one in column] for name, column in columns.items()}):
+        for line in table(turns, {name: [one.steps for one in column] for name, column in columns.items()}):
             print(line)
     sys.exit(0 if all(map(passed, columns.values())) else 1)
 

@@ -93,7 +93,7 @@ def main(
     with answered(wanted, datasets, per_category, model_path, new_tokens, answers) as (engine, turns):
         records = records_of(engine, [turn.answer for turn in turns], answers.parent)
         steps = [[replayed(engine, one, turn.answer, records) for turn in turns] for one in wanted]
-        for line in table(turns, {name: list(map(len, taken)) for name, taken in zip(settings, steps, strict=True)}):
+        for line in table(turns, dict(zip(settings, steps, strict=True))):
             print(line)
         for place in range(0, len(turns), max(1, len(turns) // check)) if check else []:
             for setting, taken in zip(wanted, steps, strict=True):

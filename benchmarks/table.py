@@ -5,15 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from benchmarks.answers import Turn
 
 
-def table(turns: Sequence[Turn], steps: Mapping[str, Sequence[int]]) -> Iterator[str]:
+def table(turns: Sequence[Turn], columns: Mapping[str, Sequence[Sequence[int]]]) -> Iterator[str]:
     """A line a category and one for each data set: ratios of sums.
 
     Args:
         turns: n answered turns.
-        steps: column → the steps that each of the n answers took.
+        columns: name → for each of the n answers, the tokens of every step.
     """
-    yield "| data set | category | turns | tokens | " + " | ".join(steps) + " |"
-    yield "|---|---|---:|---:|" + "---:|" * len(steps)
+    yield "| data set | category | turns | tokens | " + " | ".join(columns) + " |"
+    yield "|---|---|---:|---:|" + "---:|" * len(columns)
     for dataset in dict.fromkeys(turn.dataset for turn in turns):
         categories = dict.fromkeys(turn.category for turn in turns if turn.dataset == dataset)
         for category in [*sorted(categories), None] if len(categories) > 1 else [None]:
@@ -23,5 +23,10 @@ def table(turns: Sequence[Turn], steps: Mapping[str, Sequence[int]]) -> Iterator
                 if turn.dataset == dataset and category in (None, turn.category)
             ]
             tokens = sum(len(turns[place].answer.answer) for place in mine)
-            shown = " | ".join(f"{tokens / sum(taken[place] for place in mine):.2f}" for taken in steps.values())
+            shown = " | ".join(f"{_ratio([column[place] for place in mine]):.2f}" for column in columns.values())
             yield f"| {dataset} | {category or '**all**'} | {len(mine)} | {tokens} | {shown} |"
+
+
+def _ratio(answers: Sequence[Sequence[int]]) -> float:
+    """Tokens per step; in another number type an answer may have another length than the turn's own."""
+    return sum(map(sum, answers)) / sum(map(len, answers))

@@ -97,7 +97,8 @@ def _own_words(checkpoint: Checkpoint, prompt: list[int], count: int, kept: Kept
     if known := kept.found.get((checkpoint.name, count, tuple(prompt))):
         return known
     ids = torch.tensor([prompt], device=checkpoint.model.device)
-    words: Any = checkpoint.model.generate(
+    model: Any = checkpoint.model
+    words = model.generate(
         ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, attention_mask=torch.ones_like(ids)
     )
     answer = Answer(checkpoint.name, count, prompt, words[0, len(prompt) :].tolist(), "")
