@@ -221,7 +221,7 @@ class EngineCore:
             if alive:
                 threads, results = [thread for thread, _ in alive], [outcome for _, outcome in alive]
                 self._methods[name].observe(threads, results)
-                self.tuner.observe(threads, results)
+                self.tuner.observe(threads, results, step.drafting_ms)
 
     def _keep_pace(self, step: Step) -> None:
         parts: list[Part] = []

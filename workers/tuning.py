@@ -1,6 +1,7 @@
 """Which draft sizes pay here: expected tokens over expected time, by the latency curve and live acceptance."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from workers.decoding.interface import Budget, DraftThread, Outcome
 from workers.model.curve import LatencyCurve
@@ -8,10 +9,33 @@ from workers.model.curve import LatencyCurve
 MEMORY = 20.0  # expected acceptances after which the past counts half
 RECOVERY = 0.98  # a step without a draft
 PRIOR = 1.0  # acceptances that a method's own estimate is worth
-LEAST = 0.15  # tokens a step that drafts must have brought lately to be worth the time of making them, ...
-REST = 8  # ... else only one step in so many is drafted
+REST = 8  # where drafts have cost more than they brought lately, only one step in so many is drafted
 RECENT = 0.2  # what a step weighs in that
 MARGIN = 1.03  # a draft must promise this much more: estimates err, and drafts cost time outside the forward pass
+
+
+@dataclass
+class Asking:
+    """Whether making drafts has paid for a thread lately.
+
+    Attributes:
+        gain: tokens that a step with a draft added.
+        extra: what such a step cost beside one without, as a share of the latter.
+        rested: steps since the last one.
+    """
+
+    gain: float = 0.5
+    extra: float = 0.1
+    rested: int = 0
+
+    @property
+    def pays(self) -> bool:
+        return 1 + self.gain >= MARGIN * (1 + self.extra)
+
+    def learn(self, gain: float, extra: float) -> None:
+        """Take in a step with a draft."""
+        self.gain += RECENT * (gain - self.gain)
+        self.extra += RECENT * (extra - self.extra)
 
 
 class Tuner:
@@ -23,6 +47,7 @@ class Tuner:
 
     def __init__(self) -> None:
         self.curve: LatencyCurve | None = None
+        self._fixed, self._context = 1, 0.0  # of the running step
 
     def budget(self, rows: int, *, fixed: int, emitting: int, drafting: int, context: float) -> Budget:
         """Sizes for a step.
@@ -34,12 +59,18 @@ class Tuner:
             drafting: those of them that draft; each is taken to draft as much as the one that asks.
             context: mean rows of KV behind a thread.
         """
+        self._fixed, self._context = fixed, context
         if self.curve is None:
             return Budget(rows)
         return _Tuned(rows, self.curve, fixed, emitting, drafting, context)
 
-    def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome]) -> None:
-        """Learn how a thread's estimates compare with what was accepted."""
+    def observe(self, threads: Sequence[DraftThread], outcomes: Sequence[Outcome], drafting_ms: float = 0.0) -> None:
+        """Learn how a thread's estimates compare with what was accepted, and what that cost.
+
+        Args:
+            drafting_ms: time that the step spent on making drafts.
+        """
+        extra = self._extra(sum(len(outcome.tree) for outcome in outcomes), drafting_ms)
         for thread, outcome in zip(threads, outcomes, strict=True):
             seen: list[float] = thread.state.setdefault("tuning", [0.0, 0.0])
             if expected := sum(outcome.tree.chances):
@@ -49,9 +80,16 @@ class Tuner:
                 seen[:] = [value * RECOVERY for value in seen]
             if seen[0] > MEMORY:
                 seen[:] = [value / 2 for value in seen]
-            gain, rested = thread.state.get("asking", (0.0, True))
-            if not rested:
-                thread.state["asking"][0] += RECENT * (len(outcome.rows) - gain)
+            asking: Asking | None = thread.state.get("asking")
+            if asking and not asking.rested:
+                asking.learn(len(outcome.rows), extra)
+
+    def _extra(self, rows: int, drafting_ms: float) -> float:
+        """What a step's drafts cost as a share of the step without them."""
+        if self.curve is None:
+            return 0.0
+        without = self.curve.at(self._fixed, self._context)
+        return (self.curve.at(self._fixed + rows, self._context) + drafting_ms) / without - 1
 
 
 def trust(thread: DraftThread) -> float:
@@ -84,9 +122,9 @@ class _Tuned(Budget):
         return best
 
     def asks(self, thread: DraftThread) -> bool:
-        asking: list[float] = thread.state.setdefault("asking", [0.5, 0])  # tokens brought, steps rested
-        asking[1] = 0 if asking[0] >= LEAST else (asking[1] + 1) % REST
-        return asking[1] == 0
+        asking: Asking = thread.state.setdefault("asking", Asking())
+        asking.rested = 0 if asking.pays else (asking.rested + 1) % REST
+        return not asking.rested
 
     def best(self, options: Sequence[tuple[int, float]], default: int, thread: DraftThread | None = None) -> int | None:
         scale = 1.0 if thread is None else trust(thread)

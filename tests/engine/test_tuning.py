@@ -67,21 +67,24 @@ def test_disappointment_makes_drafts_smaller_and_wears_off() -> None:
         assert trust(own) > 0.9
 
 
-def test_drafts_that_bring_nothing_are_made_seldom() -> None:
+def test_drafts_that_cost_more_than_they_bring_are_made_seldom() -> None:
     tuner, own = Tuner(), thread()
+    tuner.curve = SLOPED
 
-    def asked(steps: int, accepted: int) -> int:
+    def asked(steps: int, accepted: int, drafting_ms: float = 0.0) -> int:
         count = 0
         for _ in range(steps):
-            asks = tuned(SLOPED).asks(own)
+            asks = tuner.budget(16, fixed=1, emitting=1, drafting=1, context=100).asks(own)
             count += asks
-            tuner.observe([own], [outcome(0.5, accepted if asks else 0)])
+            made = outcome(0.5, accepted) if asks else SimpleNamespace(tree=TokenTree.of([], []), rows=[])
+            tuner.observe([own], [made], drafting_ms if asks else 0.0)
         return count
 
     assert asked(16, 1) == 16
     assert asked(80, 0) < 25
-    assert asked(8, 2) >= 1
-    assert asked(8, 2) == 8
+    assert asked(24, 2) >= 3
+    assert asked(8, 2) == 8, "what pays again is drafted again"
+    assert asked(80, 1, drafting_ms=15.0) < 40, "a token is no gain where the draft takes longer than a step"
     assert tuned(None).asks(own)
 
 
