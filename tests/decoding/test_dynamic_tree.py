@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.ppd_buffers import buffers
 from workers.decoding.dynamic_tree import DynamicTree, PromptNode, expected_tokens, read_dynamic_trees, trees_json
-from workers.decoding.ppd_buffers import buffers
 from workers.decoding.sparse_tree import BadTree, RankPath
 from workers.decoding.tree_builder import build_tree
 

@@ -16,15 +16,17 @@ from polydecode import custom_generate
 from protocol.errors import RequestError
 from protocol.generation import DraftSettings
 from tests.decoding.test_methods import answers, assert_same, requests
+from tests.support.ppd_buffers import buffers
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from workers.decoding.interface import BadAdapter, Budget, Outcome
 from workers.decoding.ngram import WithNgrams
-from workers.decoding.ppd import STATE, Foreseen, Ppd, chains_of
+from workers.decoding.ppd import STATE, Foreseen, Ppd, chains_of, published_trees
 from workers.decoding.ppd_checkpoint import load_prompt_tokens, save_prompt_tokens
 from workers.decoding.prompt_plan import end_chances, plan_rows
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
 from workers.decoding.sparse_tree import best_paths
 from workers.model.quantization import input_embeddings
+from workers.model.tree import TokenTree
 from workers.model.verification import ROOT
 
 METHODS = ["ppd", "ppd+ngram"]
@@ -195,6 +197,36 @@ def test_a_plan_is_worth_what_it_says(table: list[list[float]], most: int, cost:
         value = sum(chance for _, chance in nodes[:count])
         value += sum(end * sum(gains[:length]) for end, length in zip(ends, chains, strict=True))
         assert value == pytest.approx(plan.values[rows])
+
+
+@pytest.mark.parametrize("name", published_trees())
+def test_published_trees_have_the_published_buffers(name: str) -> None:
+    """What is drafted by a named tree is the published layout's step, in another order of rows."""
+    published = published_trees()[name]
+    for state, nodes in enumerate(published.states, 1):
+        ranks = [[0.3 / (1 + rank) for rank in range(10)]] * state
+        thread = drafting_thread(ranks, tree=name)
+        (tree,) = Ppd(random_tokens(published.special)).draft([thread], Budget(400))
+        rows = sorted([(), *labels(tree)], key=lambda path: (len(path), path))
+        order = [1 + labels(tree).index(path) if path else 0 for path in rows]
+        visible = np.eye(1 + len(tree), dtype=bool)
+        visible[:, 0] = True
+        visible[1:, 1:] = tree.visibility()
+        made = buffers(nodes, published.special)
+        assert np.array_equal(visible[np.ix_(order, order)], made.attn_mask)
+        assert [0, *(tree.depths[row - 1] for row in order[1:])] == made.position_ids.tolist()
+        assert tuple(np.flatnonzero([not path or path[-1] >= 0 for path in rows])) == tuple(made.normal_token_indices)
+
+
+def labels(tree: TokenTree) -> list[tuple[int, ...]]:
+    """The path of every row: ranks of its candidates, then -1, -2, ... along its chain."""
+    chains = {row: (node, place) for node, rows in chains_of(tree).items() for place, row in enumerate(rows, 1)}
+    found: list[tuple[int, ...]] = []
+    for row, token in enumerate(tree.token_ids):
+        node, length = chains.get(row, (tree.parents[row], 0))
+        above = found[node] if node != ROOT else ()
+        found.append(above + (tuple(range(-1, -length - 1, -1)) or (token % 100,)))
+    return found
 
 
 def test_the_guesses_are_those_of_the_accepted_node() -> None:
