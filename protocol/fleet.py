@@ -97,7 +97,7 @@ class ModelDetails(Wire):
 
     context_length: int
     methods: list[str] = []
-    memory: dict[str, int] = {}  # bytes by use: weights, packed copies, kv
+    memory: dict[str, int] = {}  # bytes by use: weights, packed copies, kv, and each kind of adapter
     curve: LatencyTable | None = None  # None until it is measured
     pace: dict[str, float] = {}  # method → its speed over vanilla's in what it served so far; below 1 it is slower
 

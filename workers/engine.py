@@ -298,8 +298,8 @@ class Engine:
         return perf_counter() - self._last_step if self._open else None
 
     def memory(self) -> dict[str, int]:
-        """Bytes of the weights, of copies of them packed for the kernels, and of the KV storage."""
-        return self._core.runner.memory()
+        """Bytes of the weights, of copies of them packed for the kernels, of the KV storage, and of each adapter."""
+        return self._core.runner.memory() | {kind: adapter.nbytes for kind, adapter in self.adapters.items()}
 
     @property
     def device(self) -> torch.device:
@@ -317,10 +317,11 @@ class Engine:
     def description(self) -> str:
         """One line for the log: what is served, on what, with how much memory."""
         memory = self.memory()
+        adapters = "".join(f", {kind} {memory[kind]:,} bytes" for kind in self.adapters)
         return (
             f"{self.name} on {device_name(self.device)}, {self.dtype}, methods {', '.join(self.methods)}: "
             f"weights {memory['weights'] / 1e6:.0f} MB, packed copies {memory['packed'] / 1e6:.0f} MB, "
-            f"KV {memory['kv'] / 1e6:.0f} MB for {self.kv_tokens} tokens"
+            f"KV {memory['kv'] / 1e6:.0f} MB for {self.kv_tokens} tokens{adapters}"
         )
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from workers.decoding.interface import BadAdapter, Budget
 from workers.decoding.medusa import STATE, Medusa, published_trees
 from workers.decoding.medusa_checkpoint import load_heads
 from workers.decoding.sparse_tree import BadTree, SparseTree, best_paths, read_trees, search_tree
+from workers.model.kernels.build import load_kernels
 from workers.model.quantization import output_projection
 from workers.model.verification import path_tokens
 
@@ -147,6 +148,8 @@ def test_int8_heads_guess_the_same(tmp_path: Path) -> None:
         near, near_chances = load_drafting_heads(folder, tiny_checkpoint().model).guesses(hidden, [5, 6, 7, 8], 2, 3)
         assert np.mean(np.array(near)[..., 0] == np.array(tokens)[..., 0]) > 0.8
         assert np.abs(np.array(near_chances) - np.array(chances)).mean() < 0.02
+        if own and load_kernels():
+            assert exact.nbytes > 3 * load_drafting_heads(folder, tiny_checkpoint().model).nbytes
         assert exact.guesses(hidden, [8, 7, 6, 5], 2, 3)[0] != tokens, "the chosen token counts"
 
 

@@ -314,6 +314,12 @@ def test_inside_generate(tmp_path: Path) -> None:
         model.generate(**inputs, custom_generate=custom_generate("ppd", adapter=tmp_path, tree="oak"))
 
 
+def test_they_take_the_memory_of_their_embeddings(tmp_path: Path) -> None:
+    with tiny_engine(methods=METHODS, adapters={"ppd": written(tmp_path)}) as engine:
+        assert engine.memory()["ppd"] == 3 * 64 * 4
+        assert engine.description().endswith("ppd 768 bytes")
+
+
 def test_trees_are_known_by_method(tmp_path: Path) -> None:
     with tiny_engine(methods=METHODS, adapters={"ppd": written(tmp_path)}) as engine:
         for method, known in (("ppd", "vicuna_7b_60"), ("vanilla", "this method has none")):

@@ -71,6 +71,12 @@ class MedusaHeads(nn.Module):
     def __len__(self) -> int:
         return self.weight.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory beside the model's; a projection of their own counts, the model's own does not."""
+        own = self.projection.nbytes if self.token_ids is not None or self.projection.ndim == 3 else 0
+        return own + sum(parameter.nbytes for parameter in self.parameters())
+
     def features(self, hidden: torch.Tensor, tokens: torch.Tensor, heads: int | None = None) -> torch.Tensor:
         """What the projection is applied to, for the first ``heads``: float[heads, T, h].
 

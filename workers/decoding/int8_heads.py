@@ -1,6 +1,7 @@
 """Heads with 8-bit weights on the CPU kernels: a guess need not be exact, and reading the weights is what it costs."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -29,6 +30,12 @@ class Int8Heads:
 
     def __len__(self) -> int:
         return len(self._blocks[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory beside the model's."""
+        layers = [*chain.from_iterable(self._blocks), *self._projections, *([self._token] if self._token else [])]
+        return sum(buffer.nbytes for layer in layers for buffer in layer.buffers())
 
     @torch.inference_mode()
     def guesses(

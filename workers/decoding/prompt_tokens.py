@@ -44,6 +44,11 @@ class PromptTokens:
         return self.embeddings.shape[1]
 
     @property
+    def nbytes(self) -> int:
+        """All the memory that they take beside the model."""
+        return self.embeddings.nbytes
+
+    @property
     def has_siblings(self) -> bool:
         """Whether rows see each other both ways, which no tree expresses."""
         return self.attention == "encoder" and self.virtual > 1

@@ -28,7 +28,7 @@ TRAINED: dict[str, tuple[Callable[[Any], Method], Callable[[Path, PreTrainedMode
 BASELINE = "vanilla"  # always served
 NGRAM_SUFFIX = "+ngram"
 
-Adapters = Mapping[str, Any]  # kind → its loaded weights
+Adapters = Mapping[str, Any]  # kind → its loaded weights, which know their ``nbytes``
 
 
 class UnknownMethod(Exception):
