@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from benchmarks.replay import ReplayedThread
 from polydecode import custom_generate
 from protocol.generation import DraftSettings
-from tests.decoding.test_methods import answers, assert_same, requests
+from tests.decoding.test_methods import answers, assert_answers_fill_the_context, assert_same, requests
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from workers.decoding.int8_heads import load_drafting_heads
 from workers.decoding.interface import BadAdapter, Budget
@@ -303,6 +303,11 @@ def test_sampled_equals_vanilla_by_seed(method: str, tmp_path: Path) -> None:
         plain = answers(engine, requests(method="vanilla", **warps))
         assert answers(engine, requests(method=method, **warps)) == plain
         assert [answers(engine, [request])[0] for request in requests(method=method, **warps)] == plain
+
+
+def test_answers_may_fill_the_context(tmp_path: Path) -> None:
+    with tiny_engine("gpt2", methods=METHODS, adapters={"medusa": heads_for("gpt2", tmp_path)}) as engine:
+        assert_answers_fill_the_context(engine, METHODS)
 
 
 def test_inside_generate(tmp_path: Path) -> None:

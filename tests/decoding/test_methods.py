@@ -56,6 +56,18 @@ def assert_same(engine: Engine, model: Any, texts: list[str], ours: list[list[in
         assert_same_answer(model, engine.renderer.encode(text).token_ids, answer, expected)
 
 
+def test_answers_may_fill_the_context() -> None:
+    with tiny_engine("gpt2", methods=METHODS) as engine:
+        assert_answers_fill_the_context(engine, METHODS)
+
+
+def assert_answers_fill_the_context(engine: Engine, methods: Sequence[str]) -> None:
+    """Drafts that reach beyond the answer's end would stand at positions that GPT-2 does not have."""
+    asked = {"prompt": "a" * 470, "max_length": 512, "temperature": 0, "logit_bias": {"70": 100}}
+    plain, *others = answers(engine, [{**asked, "method": method} for method in ("vanilla", *methods)])
+    assert len(plain) > 30 and others == [plain] * len(methods)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_sampled_equals_vanilla_by_seed(method: str) -> None:
     warps = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}

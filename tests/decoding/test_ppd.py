@@ -15,7 +15,7 @@ from benchmarks.replay import ReplayedThread
 from polydecode import custom_generate
 from protocol.errors import RequestError
 from protocol.generation import DraftSettings
-from tests.decoding.test_methods import answers, assert_same, requests
+from tests.decoding.test_methods import answers, assert_answers_fill_the_context, assert_same, requests
 from tests.support.ppd_buffers import buffers
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from workers.decoding.interface import BadAdapter, Budget, Outcome
@@ -303,6 +303,11 @@ def test_preempted_requests_go_on_with_the_same_answer(tmp_path: Path) -> None:
     with tiny_engine(methods=METHODS, adapters=adapters, kv_tokens=352) as engine:
         assert answers(engine, asked) == plain
         assert engine.status().preemptions > 0
+
+
+def test_answers_may_fill_the_context(tmp_path: Path) -> None:
+    with tiny_engine("gpt2", methods=METHODS, adapters={"ppd": written(tmp_path, 4, 2, family="gpt2")}) as engine:
+        assert_answers_fill_the_context(engine, METHODS)
 
 
 def test_inside_generate(tmp_path: Path) -> None:

@@ -99,21 +99,24 @@ def add_ngrams(tree: TokenTree, thread: DraftThread, budget: Budget, needs: Need
 
 
 def candidates(thread: DraftThread) -> Iterator[tuple[int, int, float]]:
-    """Nodes from the most probable one on: the parent's number (ROOT, or as yielded before), token, probability."""
+    """Nodes from the most probable one on: the parent's number (ROOT, or as yielded before), token, probability.
+
+    None is so deep that the answer would be over before it.
+    """
     table: NgramTable = thread.state.setdefault("ngram", NgramTable())
     table.read(thread.token_ids)
-    heap: list[tuple[float, int, int, int, tuple[int, ...]]] = []
+    heap: list[tuple[float, int, int, int, tuple[int, ...], int]] = []
     order = count()
 
-    def push(parent: int, suffix: tuple[int, ...], chance: float) -> None:
-        for token, share in table.guesses(suffix).items():
+    def push(parent: int, suffix: tuple[int, ...], chance: float, depth: int) -> None:
+        for token, share in table.guesses(suffix).items() if depth < thread.remaining else ():
             if chance * share >= LEAST:
-                heappush(heap, (-chance * share, next(order), parent, token, suffix))
+                heappush(heap, (-chance * share, next(order), parent, token, suffix, depth))
 
-    push(ROOT, tuple(thread.token_ids[-LONGEST:]), 1.0)
+    push(ROOT, tuple(thread.token_ids[-LONGEST:]), 1.0, 1)
     for node in count():
         if not heap:
             return
-        negative, _, parent, token, suffix = heappop(heap)
+        negative, _, parent, token, suffix, depth = heappop(heap)
         yield parent, token, -negative
-        push(node, (*suffix, token)[-LONGEST:], -negative)
+        push(node, (*suffix, token)[-LONGEST:], -negative, depth + 1)

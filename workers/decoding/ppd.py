@@ -101,7 +101,7 @@ class Ppd(Method):
         room = min(thread.draft.nodes or MOST_ROWS, budget.rows - len(tree)) // virtual
         values = [value / virtual for value, _ in worth[: max(0, room)] for _ in range(virtual)]
         kept = len(values) if thread.draft.nodes else budget.worth(thread, values, beside=len(tree))
-        return self._with_chains(tree, Counter(row for _, row in worth[: kept // virtual]))
+        return self._with_chains(tree, Counter(row for _, row in worth[: kept // virtual]), thread.remaining)
 
     def _foreseen(self, thread: DraftThread) -> Foreseen:
         blank = Foreseen([FIRST_GAIN * NEXT_GAIN**depth for depth in range(len(self._tokens))])
@@ -117,7 +117,7 @@ class Ppd(Method):
         paths = (
             (tuple(foreseen.tokens[depth][rank] for depth, rank in enumerate(path)), chance) for path, chance in nodes
         )
-        return self._with_chains(with_paths(EMPTY_TREE, paths), dict(enumerate(chains, ROOT)))
+        return self._with_chains(with_paths(EMPTY_TREE, paths), dict(enumerate(chains, ROOT)), thread.remaining)
 
     def _named(self, thread: DraftThread, chances: list[list[float]]) -> tuple[Nodes, list[int]] | None:
         """The nodes and chains of the tree that the request names."""
@@ -147,13 +147,16 @@ class Ppd(Method):
         foreseen.learn(drafted)
         return drafted, plan.chains(rows)
 
-    def _with_chains(self, tree: TokenTree, chains: Mapping[int, int]) -> TokenTree:
-        """The tree and behind it chains of prompt tokens by the rows (or ROOT) on which they hang: their lengths."""
+    def _with_chains(self, tree: TokenTree, chains: Mapping[int, int], remaining: int) -> TokenTree:
+        """The tree and behind it chains of prompt tokens by the rows (or ROOT) on which they hang: their lengths.
+
+        What nobody will ask for is left out: beyond the answer's end there may be no positions either.
+        """
         parents, depths = list(tree.parents), list(tree.depths)
         prompts: list[int] = []
         for node, length in chains.items():
             first, depth = len(parents), depths[node] if node != ROOT else 0
-            own = self._tokens.parents[: length * self._tokens.virtual]
+            own = self._tokens.parents[: max(0, min(length, remaining - depth - 1)) * self._tokens.virtual]
             parents += [node if parent == ROOT else first + parent for parent in own]
             depths += [depth + 1 + row // self._tokens.virtual for row in range(len(own))]
             prompts += range(len(own))
