@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from training.answers import Answer
 from training.prompt_rows import prompt_states, read_texts
+from workers.decoding.ppd import WIDTH
 from workers.decoding.prompt_tokens import PromptTokens
 from workers.model.quantization import output_projection
 
-WIDTH = 10
 TOGETHER = 64  # places of a forward pass
 
 

@@ -23,7 +23,7 @@ from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule, train
 from training.pictures import loss_curve
 from training.precision import fast_products, has_fast_bfloat16
-from training.prompts import Benchmarks, load_prompts, read_questions
+from training.prompts import benchmarks_of, load_prompts
 from training.provenance import provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.heads import MedusaHeads
@@ -64,8 +64,7 @@ def main(
 ) -> None:
     """Answer the prompts, train the heads, measure them."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    benchmarks = Benchmarks(read_questions(avoid or []))
-    chosen = load_prompts(prompts, benchmarks, count=count, seed=seed, longest=1200)
+    chosen = load_prompts(prompts, benchmarks_of(avoid), count=count, seed=seed)
     learned = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)

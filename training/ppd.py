@@ -27,7 +27,7 @@ from training.pictures import loss_curve
 from training.precision import fast_products, has_fast_bfloat16, quicken
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
 from training.prompt_rows import prompt_states, read_texts
-from training.prompts import Benchmarks, load_prompts, read_questions
+from training.prompts import benchmarks_of, load_prompts
 from training.provenance import provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.ppd_checkpoint import save_prompt_tokens
@@ -76,9 +76,9 @@ def main(
     if source is None or (prompts and conversations) or words not in ("model", "data"):
         raise typer.BadParameter("give --prompts, or --conversations with --words model or data")
     options = {name: value for name, value in locals().items() if name in SHOWN}
-    benchmarks = Benchmarks(read_questions(avoid or []))
+    benchmarks = benchmarks_of(avoid)
     if prompts:
-        chosen = load_prompts(prompts, benchmarks, count=count, seed=seed, longest=1200)
+        chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
         answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 GRAM = 13
+LONGEST = 1200  # characters of a prompt to train on
 
 
 class Benchmarks:
@@ -40,7 +41,9 @@ def grams(text: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     return (text[start : start + GRAM] for start in range(len(text) - GRAM + 1))
 
 
-def load_prompts(path: Path, benchmarks: Benchmarks, *, count: int | None, seed: int, longest: int) -> list[str]:
+def load_prompts(
+    path: Path, benchmarks: Benchmarks, *, count: int | None, seed: int, longest: int = LONGEST
+) -> list[str]:
     """Distinct prompts of at most ``longest`` characters, in random order, none a benchmark's; at most ``count``.
 
     Raises:
@@ -65,12 +68,17 @@ def read_questions(paths: Iterable[Path]) -> Iterator[str]:
                 yield from (fields[key] for key in ("prompt", "instruction", "question") if key in fields)
 
 
+def benchmarks_of(paths: Iterable[Path] | None) -> Benchmarks:
+    """What trainers leave out, by the files that they were told to avoid."""
+    return Benchmarks(read_questions(paths or []))
+
+
 def main(
     prompts: Annotated[Path, typer.Argument(help="JSONL with a prompt a line")],
     avoid: Annotated[list[Path], typer.Option(help="benchmark files")],
 ) -> None:
     """Count the prompts that are a benchmark's, or nearly; trainers leave them out."""
-    benchmarks = Benchmarks(read_questions(avoid))
+    benchmarks = benchmarks_of(avoid)
     everything = Benchmarks([])
     found = load_prompts(prompts, everything, count=None, seed=0, longest=1 << 30)
     held = [prompt for prompt in found if benchmarks.holds(prompt)]

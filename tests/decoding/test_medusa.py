@@ -16,7 +16,14 @@ from safetensors.torch import save_file
 from benchmarks.replay import ReplayedThread
 from polydecode import custom_generate
 from protocol.generation import DraftSettings
-from tests.decoding.test_methods import answers, assert_answers_fill_the_context, assert_same, requests
+from tests.decoding.test_methods import (
+    answers,
+    assert_answers_fill_the_context,
+    assert_preemption_changes_nothing,
+    assert_same,
+    assert_sampled_equals_vanilla,
+    requests,
+)
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from workers.decoding.int8_heads import load_drafting_heads
 from workers.decoding.interface import BadAdapter, Budget
@@ -298,11 +305,7 @@ def test_greedy_equals_vanilla(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sampled_equals_vanilla_by_seed(method: str, tmp_path: Path) -> None:
-    warps = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}
-    with tiny_engine(methods=METHODS, adapters={"medusa": heads_for("llama", tmp_path)}) as engine:
-        plain = answers(engine, requests(method="vanilla", **warps))
-        assert answers(engine, requests(method=method, **warps)) == plain
-        assert [answers(engine, [request])[0] for request in requests(method=method, **warps)] == plain
+    assert_sampled_equals_vanilla(method, adapters={"medusa": heads_for("llama", tmp_path)})
 
 
 def test_answers_may_fill_the_context(tmp_path: Path) -> None:
@@ -325,10 +328,4 @@ def test_inside_generate(tmp_path: Path) -> None:
 
 
 def test_preempted_requests_go_on_with_the_same_answer(tmp_path: Path) -> None:
-    asked = [request for _ in range(3) for request in requests(temperature=0, method="medusa")]
-    adapters = {"medusa": heads_for("llama", tmp_path)}
-    with tiny_engine(methods=METHODS, adapters=adapters) as engine:
-        plain = answers(engine, asked)
-    with tiny_engine(methods=METHODS, adapters=adapters, kv_tokens=352) as engine:
-        assert answers(engine, asked) == plain
-        assert engine.status().preemptions > 0
+    assert_preemption_changes_nothing("medusa", adapters={"medusa": heads_for("llama", tmp_path)})

@@ -70,8 +70,13 @@ def assert_answers_fill_the_context(engine: Engine, methods: Sequence[str]) -> N
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sampled_equals_vanilla_by_seed(method: str) -> None:
+    assert_sampled_equals_vanilla(method)
+
+
+def assert_sampled_equals_vanilla(method: str, **options: Any) -> None:
+    """``options`` are the engine's."""
     warps = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}
-    with tiny_engine(methods=METHODS) as engine:
+    with tiny_engine(methods=[method], **options) as engine:
         plain = answers(engine, requests(method="vanilla", **warps))
         assert answers(engine, requests(method=method, **warps)) == plain
         assert [answers(engine, [request])[0] for request in requests(method=method, **warps)] == plain
@@ -79,10 +84,15 @@ def test_sampled_equals_vanilla_by_seed(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_preempted_requests_go_on_with_the_same_answer(method: str) -> None:
+    assert_preemption_changes_nothing(method)
+
+
+def assert_preemption_changes_nothing(method: str, **options: Any) -> None:
+    """``options`` are the engine's."""
     asked = [request for _ in range(3) for request in requests(temperature=0, method=method)]
-    with tiny_engine(methods=METHODS) as engine:
+    with tiny_engine(methods=[method], **options) as engine:
         plain = answers(engine, asked)
-    with tiny_engine(methods=METHODS, kv_tokens=352) as engine:
+    with tiny_engine(methods=[method], kv_tokens=352, **options) as engine:
         assert answers(engine, asked) == plain
         assert engine.status().preemptions > 0
         assert engine.status().free_pages == engine.status().total_pages

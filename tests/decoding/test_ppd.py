@@ -15,14 +15,21 @@ from benchmarks.replay import ReplayedThread
 from polydecode import custom_generate
 from protocol.errors import RequestError
 from protocol.generation import DraftSettings
-from tests.decoding.test_methods import answers, assert_answers_fill_the_context, assert_same, requests
+from tests.decoding.test_methods import (
+    answers,
+    assert_answers_fill_the_context,
+    assert_preemption_changes_nothing,
+    assert_same,
+    assert_sampled_equals_vanilla,
+    requests,
+)
 from tests.support.ppd_buffers import buffers
 from tests.support.tiny import tiny_checkpoint, tiny_engine
 from workers.decoding.interface import BadAdapter, Budget, Outcome
 from workers.decoding.ngram import WithNgrams
 from workers.decoding.ppd import STATE, Foreseen, Ppd, chains_of, published_trees
 from workers.decoding.ppd_checkpoint import load_prompt_tokens, save_prompt_tokens
-from workers.decoding.prompt_plan import end_chances, plan_rows
+from workers.decoding.prompt_plan import plan_rows
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
 from workers.decoding.sparse_tree import best_paths
 from workers.model.quantization import input_embeddings
@@ -193,7 +200,8 @@ def test_a_plan_is_worth_what_it_says(table: list[list[float]], most: int, cost:
         if plan.values[rows] == 0:
             continue
         assert len(chains) == 1 + count and count + cost * sum(chains) <= rows
-        ends = end_chances(nodes[:count])
+        ends = [1.0 - sum(chance for path, chance in nodes[:count] if len(path) == 1)]
+        ends += [own - sum(c for path, c in nodes[:count] if path[:-1] == node) for node, own in nodes[:count]]
         value = sum(chance for _, chance in nodes[:count])
         value += sum(end * sum(gains[:length]) for end, length in zip(ends, chains, strict=True))
         assert value == pytest.approx(plan.values[rows])
@@ -289,21 +297,11 @@ def test_greedy_equals_vanilla(family: str, shape: Shape, tmp_path: Path) -> Non
     ("method", "shape"), [*(("ppd", shape) for shape in SHAPES), ("ppd+ngram", SHAPES[1])], ids=str
 )
 def test_sampled_equals_vanilla_by_seed(method: str, shape: Shape, tmp_path: Path) -> None:
-    warps = {"temperature": 0.7, "top_p": 0.95, "repetition_penalty": 1.1}
-    with tiny_engine(methods=METHODS, adapters={"ppd": written(tmp_path, *shape)}) as engine:
-        plain = answers(engine, requests(method="vanilla", **warps))
-        assert answers(engine, requests(method=method, **warps)) == plain
-        assert [answers(engine, [request])[0] for request in requests(method=method, **warps)] == plain
+    assert_sampled_equals_vanilla(method, adapters={"ppd": written(tmp_path, *shape)})
 
 
 def test_preempted_requests_go_on_with_the_same_answer(tmp_path: Path) -> None:
-    asked = [request for _ in range(3) for request in requests(temperature=0, method="ppd")]
-    adapters = {"ppd": written(tmp_path)}
-    with tiny_engine(methods=METHODS, adapters=adapters) as engine:
-        plain = answers(engine, asked)
-    with tiny_engine(methods=METHODS, adapters=adapters, kv_tokens=352) as engine:
-        assert answers(engine, asked) == plain
-        assert engine.status().preemptions > 0
+    assert_preemption_changes_nothing("ppd", adapters={"ppd": written(tmp_path)})
 
 
 def test_answers_may_fill_the_context(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from benchmarks.recorded import records_of
 from benchmarks.replay import replayed
 from benchmarks.settings import Setting, decode
 from tests.support.tiny import tiny_checkpoint, tiny_engine
-from training.answers import Answer, AnswerFile, answers
+from tests.training.conftest import PROMPTS
+from training.answers import Answer
 from training.examples import examples_of, held_out, most_used
 from training.head_accuracy import accuracies, write_measures
 from training.hidden import HiddenStates, hidden_states
@@ -22,15 +23,6 @@ from training.prompts import Benchmarks, load_prompts, read_questions
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.medusa_checkpoint import load_heads, save_heads
 from workers.model.quantization import output_projection
-
-PROMPTS = [f"count {number} and {number + 1}" for number in range(24)]
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    file = AnswerFile(tmp_path_factory.mktemp("answers") / "answers.jsonl")
-    with tiny_engine() as engine:
-        return list(answers(engine, PROMPTS, 24, file))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from benchmarks.replay import replayed
 from benchmarks.settings import Setting, decode
 from protocol.generation import ChatMessage
 from tests.support.tiny import tiny_checkpoint, tiny_engine
-from training.answers import Answer, AnswerFile, answers
+from tests.training.conftest import PROMPTS
+from training.answers import Answer
 from training.cut_conversations import cut_conversations
 from training.loop import Schedule
 from training.ppd import blank_tokens, train_prompt_tokens
@@ -26,15 +27,6 @@ from workers.model.batch import Run
 from workers.model.runner import ModelRunner
 from workers.model.tree import Needs, TokenTree
 from workers.prompts import PromptRenderer
-
-PROMPTS = [f"count {number} and {number + 1}" for number in range(12)]
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    file = AnswerFile(tmp_path_factory.mktemp("answers") / "answers.jsonl")
-    with tiny_engine() as engine:
-        return list(answers(engine, PROMPTS, 24, file))
 
 
 def trained(learned: list[Answer], checkpoint: Path, **options: bool | int | None) -> PromptTokens:

@@ -19,7 +19,7 @@ import torch
 from workers.decoding.dynamic_tree import DynamicTree, read_dynamic_trees
 from workers.decoding.heads import best_guesses
 from workers.decoding.interface import Budget, DraftThread, Method, Outcome
-from workers.decoding.prompt_plan import COUNTS, plan_rows
+from workers.decoding.prompt_plan import COUNTS, end_chances, plan_rows
 from workers.decoding.prompt_tokens import PromptTokens
 from workers.decoding.sparse_tree import RankPath, best_paths
 from workers.decoding.trie import with_paths
@@ -93,10 +93,8 @@ class Ppd(Method):
         if not bare or len(tree.chances) < len(tree):
             return tree
         gains = self._foreseen(thread).gains
-        worth = sorted(
-            ((end * gain, row) for row, end in zip(bare, _ends(tree, bare), strict=True) for gain in gains),
-            reverse=True,
-        )
+        ends = end_chances(tree.parents, tree.chances)[1:].tolist()
+        worth = sorted(((ends[row] * gain, row) for row in bare for gain in gains), reverse=True)
         virtual = self._tokens.virtual
         room = min(thread.draft.nodes or MOST_ROWS, budget.rows - len(tree)) // virtual
         values = [value / virtual for value, _ in worth[: max(0, room)] for _ in range(virtual)]
@@ -194,15 +192,6 @@ def chains_of(tree: TokenTree) -> dict[int, list[int]]:
             owners[row] = owners.get(parent, parent)
             chains.setdefault(owners[row], []).append(row)
     return chains
-
-
-def _ends(tree: TokenTree, rows: Sequence[int]) -> list[float]:
-    """How probable it is that acceptance ends at some rows, by the tree's own estimates."""
-    left = list(tree.chances)
-    for row, parent in enumerate(tree.parents):
-        if parent != ROOT:
-            left[parent] -= tree.chances[row]
-    return [max(0.0, left[row]) for row in rows]
 
 
 @cache

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from workers.decoding.sparse_tree import RankPath
+from workers.model.verification import ROOT
 
 COUNTS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48)  # of candidates that are tried
 
@@ -51,12 +52,15 @@ def plan_rows(nodes: Sequence[tuple[RankPath, float]], gains: Sequence[float], m
     falling = np.minimum.accumulate(np.asarray(gains, dtype=float))  # the chain has no holes
     values, candidates = np.zeros(most + 1), np.zeros(most + 1, dtype=int)
     ends: dict[int, np.ndarray] = {}
+    places = {path: place for place, (path, _) in enumerate(nodes)}
+    parents = [places.get(path[:-1], ROOT) for path, _ in nodes]
+    chances = [chance for _, chance in nodes]
     for count in COUNTS:
         if count > min(len(nodes), most):
             break
-        ends[count] = end_chances(nodes[:count])
+        ends[count] = end_chances(parents[:count], chances[:count])
         prompts = -np.sort(-np.outer(ends[count], falling), axis=None)[: (most - count) // cost]
-        totals = sum(chance for _, chance in nodes[:count]) + np.concatenate([[0.0], np.cumsum(prompts)])
+        totals = sum(chances[:count]) + np.concatenate([[0.0], np.cumsum(prompts)])
         rows = count + cost * np.arange(len(totals))
         better = rows[totals > values[rows]]
         values[better] = totals[(better - count) // cost]
@@ -64,10 +68,13 @@ def plan_rows(nodes: Sequence[tuple[RankPath, float]], gains: Sequence[float], m
     return Plan(values, candidates, ends, falling, cost)
 
 
-def end_chances(nodes: Sequence[tuple[RankPath, float]]) -> np.ndarray:
-    """float[1 + n]: how probable it is that acceptance ends at the root, and at each of the nodes."""
-    places = {path: place for place, (path, _) in enumerate(nodes, 1)}
-    ends = np.array([1.0, *(chance for _, chance in nodes)])
-    for path, chance in nodes:
-        ends[places.get(path[:-1], 0)] -= chance
+def end_chances(parents: Sequence[int], chances: Sequence[float]) -> np.ndarray:
+    """float[1 + n]: how probable it is that acceptance ends at the root, and at each of n nodes.
+
+    Args:
+        parents: the nodes' parents by number, or ROOT.
+        chances: probabilities that acceptance reaches them.
+    """
+    ends = np.array([1.0, *chances])
+    np.subtract.at(ends, np.asarray(parents, dtype=int) - ROOT, np.asarray(chances, dtype=float))
     return np.maximum(ends, 0.0)
