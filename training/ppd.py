@@ -24,7 +24,7 @@ from training.cut_conversations import cut_conversations
 from training.examples import HELD_OUT
 from training.loop import Schedule, train
 from training.pictures import loss_curve
-from training.precision import fast_products, has_fast_bfloat16, quicken
+from training.precision import has_fast_bfloat16
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
 from training.prompt_rows import prompt_states, read_texts
 from training.prompts import benchmarks_of, load_prompts
@@ -33,7 +33,7 @@ from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.ppd_checkpoint import save_prompt_tokens
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
 from workers.model.checkpoint import load_checkpoint
-from workers.model.devices import find_device, find_dtype
+from workers.model.devices import find_device
 from workers.model.quantization import input_embeddings, output_projection
 
 logger = logging.getLogger(__name__)
@@ -81,13 +81,13 @@ def main(
         chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
         answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
-    checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)
+    dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    checkpoint = load_checkpoint(model_path, dtype=dtype, device=device)
     if conversations:
         kept = cache / "cut_answers.jsonl"
         answered = cut_conversations(
             conversations, checkpoint, benchmarks, special=special, own=words == "model", seed=seed, cache=kept
         )[:count]
-    quicken(checkpoint.model)
     first = int((1 - HELD_OUT) * len(answered))
     learned, losses = train_prompt_tokens(
         checkpoint.model,
@@ -101,8 +101,7 @@ def main(
         resume=resume,
     )
     save_prompt_tokens(learned, out, checkpoint.name)
-    with fast_products(device):
-        write_prompt_measures(measured_accuracies(checkpoint.model, learned, answered[first:]), out)
+    write_prompt_measures(measured_accuracies(checkpoint.model, learned, answered[first:]), out)
     loss_curve(losses, out / "loss.png")
     (out / "provenance.json").write_text(json.dumps(provenance("training.ppd", options, source, answered), indent=1))
 
@@ -135,8 +134,6 @@ def train_prompt_tokens(
     accelerator = Accelerator()
     model.requires_grad_(False)
     module = _Embeddings(tokens.embeddings.to(accelerator.device))
-    dtype = torch.bfloat16 if has_fast_bfloat16(model.device) else torch.float32
-    projection = output_projection(model).to(dtype)
     seen, started = 0, perf_counter()
 
     def loss_of(step: int) -> torch.Tensor:
@@ -147,7 +144,7 @@ def train_prompt_tokens(
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         seen += chosen.numel() * len(tokens)
         own = PromptTokens(module.embeddings, tokens.attention)
-        return _loss(model, own, drawn[mine], chosen[mine].to(model.device), projection)
+        return _loss(model, own, drawn[mine], chosen[mine].to(model.device))
 
     losses = train(module, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
     logger.info("%d prompt tokens trained, %.0f a second", seen, seen / (perf_counter() - started))
@@ -174,14 +171,13 @@ def _loss(
     tokens: PromptTokens,
     answers: Sequence[Answer],
     places: torch.Tensor,
-    projection: torch.Tensor,
 ) -> torch.Tensor:
     """Cross entropy with what the model itself says where the prompt tokens stand, behind places int64[B, K]."""
     paths = [answer.prompt + answer.answer for answer in answers]
     ends = torch.tensor([len(path) for path in paths], device=places.device)[:, None]
-    with fast_products(model.device):
-        texts = read_texts(model, paths)
-        foreseen = prompt_states(model, tokens, texts, places).float()
+    texts = read_texts(model, paths)
+    foreseen = prompt_states(model, tokens, texts, places).float()
+    projection = output_projection(model)
     total = foreseen.new_zeros(())
     for special in range(len(tokens)):
         there = places + 1 + special < ends

@@ -1,22 +1,11 @@
 """Number types of training: parameters in float32, products in bfloat16 where the device is faster at them."""
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are several times as fast as float32 ones: on GPUs and CPUs with matrix tiles."""
     return device.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
-
-
-def quicken(model: PreTrainedModel) -> None:
-    """Keep a frozen model's product weights in bfloat16, so that fast products need not convert them every time."""
-    if not has_fast_bfloat16(model.device):
-        return
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
 def fast_products(device: torch.device) -> torch.autocast:
