@@ -96,6 +96,10 @@ class SamplingFields(Wire):
     draft: Annotated[DraftSettings, _default_for_null(DraftSettings())] = DraftSettings()
     trace: Annotated[TraceLevel, _default_for_null(False)] = False
     max_length: Annotated[int | None, Field(gt=0)] = None  # prompt and answer together
+    max_threads: Annotated[int | None, Field(gt=0)] = None  # APAR: threads that run at a time; others wait
+    max_depth: Annotated[int | None, Field(gt=0)] = None  # APAR: of a thread; the first one's is 1, and 1 forbids forks
+    max_children: Annotated[int | None, Field(ge=0)] = None  # APAR: of a thread
+    max_total_tokens: Annotated[int | None, Field(gt=0)] = None  # of all threads together: a safety stop
 
     @field_validator("stop")
     @classmethod
@@ -113,6 +117,7 @@ class GenerateParams(SamplingFields):
     echo: Annotated[bool, _default_for_null(True)] = True  # FastChat's default
     logprobs: Annotated[int | None, Field(ge=0, le=100)] = None  # alternatives per token
     choice: Annotated[int, Field(ge=0)] = 0  # which of OpenAI's n answers: part of the key of every draw
+    max_live_threads: Annotated[int | None, Field(gt=0)] = None  # APAR's own rule: no fork while so many are alive
     text_deltas: bool = False  # frames carry only new text; FastChat's carry all of it every time
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from protocol.errors import ErrorCode, RequestError
 from protocol.trace import ThreadStep, TraceHeader
 from workers.decoding.interface import Budget, Method, Outcome
-from workers.decoding.registry import BASELINE
+from workers.decoding.registry import BASELINE, drafting_method
 from workers.metrics import EngineCounters
 from workers.model.batch import Run, StepBatch
 from workers.model.pages import distinct_rows
@@ -162,7 +162,7 @@ class EngineCore:
             (self.runner.step_rows - fixed) // max(1, len(completing)),
             fixed=fixed,
             emitting=len(completing),
-            drafting=sum(thread.request.spec.method != BASELINE for thread in drafting),
+            drafting=sum(drafting_method(thread.request.spec.method) != BASELINE for thread in drafting),
             context=sum(len(thread.token_ids) for thread in drafting) / max(1, len(drafting)),
         )
 
@@ -187,7 +187,7 @@ class EngineCore:
     def _walker(self, step: Step, index: int) -> Walker:
         thread, tree = step.turns[index].thread, step.trees[index]
         spec = thread.request.spec
-        walker = Walker(tree, limit=thread.remaining, terminal=spec.stop_token_ids)
+        walker = Walker(tree, limit=thread.remaining, terminal=spec.terminal)
         if spec.is_exact or not tree:
             return walker
         drafted = candidate_rows(tree)
@@ -253,32 +253,57 @@ class EngineCore:
         """Append what a request's threads emitted, report it, and end what ends."""
         thread_steps: list[ThreadStep] = []
         outcomes: list[tuple[Thread, Outcome]] = []
-        reports: list[TokenReport] = []
         for index in mine:
             turn, taken = step.turns[index], step.walks[index]
             self._score_prompt(request, step, index)
             if taken is None:
                 continue
+            if turn.thread.finished:  # the text ended before it in this very step
+                continue
             tokens, text = turn.thread.accept(taken.token_ids)
-            reports += self._token_reports(request, step, index)[: len(tokens)]
+            request.reading.push(turn.thread.number, text, self._token_reports(request, step, index)[: len(tokens)])
+            self._branch(turn.thread)
             accepted = taken.rows[: len(tokens)]
             thread_steps.append(_thread_step(turn.thread, step.trees[index], accepted, tokens, text))
             outcomes.append((turn.thread, self._outcome(step, index, accepted, tokens)))
         width = sum(step.turns[index].rows + len(step.trees[index]) for index in mine)
         if thread_steps:
-            self._report(request, step, thread_steps, reports, width)
+            self._report(request, step, thread_steps, width)
         else:
             request.prefill_ms += step.forward_ms
             request.prefill_steps += 1
         return outcomes
 
-    def _report(
-        self, request: Request, step: Step, threads: list[ThreadStep], reports: list[TokenReport], width: int
-    ) -> None:
+    def _branch(self, thread: Thread) -> None:
+        """What a thread's last token means to the others: a child, or the end of the text behind it."""
+        request = thread.request
+        if thread.finished:
+            if thread.cut:
+                for number in request.reading.cut(thread.number):
+                    request.threads[number].finish_reason = "stop"
+            request.reading.finish(thread.number)
+        elif thread.forks and request.spec.forking:
+            self.scheduler.open_thread(thread, [request.spec.forking.tokens.child])
+
+    def _shown(self, request: Request) -> tuple[str, list[TokenReport]]:
+        """What became readable; the request ends where a stop string does, or with the last of its tokens."""
+        text, reports = request.reading.take()
+        text, stopped = request.stops.push(text)
+        if stopped:
+            request.end("stop")
+        elif request.spec.max_total_tokens and request.completion_tokens >= request.spec.max_total_tokens:
+            request.end("length")
+            rest, more = request.reading.take()
+            text += request.stops.push(rest)[0]
+            reports += more
+        return text + (request.stops.flush() if request.finished else ""), reports
+
+    def _report(self, request: Request, step: Step, threads: list[ThreadStep], width: int) -> None:
         tables = [thread.table for thread in request.threads]
         kv = tables[0].length if len(tables) == 1 else distinct_rows(tables)
         trace = request.record(threads, forward_ms=step.forward_ms, width=width, batch_width=len(step.batch), kv=kv)
         self.counters.tokens(trace)
+        text, reports = self._shown(request)
         for thread in request.threads:
             if thread.finished:
                 self.scheduler.close_thread(thread)
@@ -291,7 +316,7 @@ class EngineCore:
             self.counters.finished += 1
         request.sink(
             Event(
-                text=(request.spec.echo if first else "") + threads[0].text,
+                text=(request.spec.echo if first else "") + text,
                 step=trace,
                 tokens=tuple(request.prompt_reports + reports if first else reports),
                 prompt_tokens=len(request.spec.prompt),

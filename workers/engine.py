@@ -24,7 +24,16 @@ from protocol.trace import TraceHeader
 from protocol.wire import parse_object
 from workers.core import EngineCore
 from workers.decoding.interface import BadAdapter
-from workers.decoding.registry import BASELINE, UnknownMethod, check_method, load_adapters, make_method
+from workers.decoding.registry import (
+    BASELINE,
+    UnknownMethod,
+    canonical,
+    check_method,
+    forks,
+    load_adapters,
+    make_method,
+)
+from workers.forking import ControlTokens, find_control_tokens
 from workers.metrics import EngineCounters, EngineStatus
 from workers.model.checkpoint import Checkpoint, ModelLoadError, first_line, load_checkpoint, stop_token_ids
 from workers.model.curve import LatencyCurve, latency_curve
@@ -64,7 +73,7 @@ class Engine:
         adapters: Mapping[str, Path] | None = None,
     ) -> None:
         """See :meth:`load`. ``load`` is called on the engine's thread."""
-        self.methods = tuple(dict.fromkeys([*methods, BASELINE]))
+        self.methods = tuple(dict.fromkeys([*map(canonical, methods), BASELINE]))
         self._draft = draft or DraftSettings()
         self._tunes = tune
         self._adapter_paths = adapters or {}
@@ -101,6 +110,7 @@ class Engine:
             paths = {kind: path for kind in needed if (path := checkpoint.adapter(kind))} | dict(self._adapter_paths)
             self.adapters = load_adapters(paths, checkpoint.model)
             decoders = {name: make_method(name, self.adapters) for name in self.methods}
+            self.control = self._control_tokens(checkpoint)
             self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
         except (UnknownMethod, BadAdapter, ValueError) as error:
             raise ModelLoadError(str(error)) from error
@@ -113,7 +123,14 @@ class Engine:
         self.kv_tokens = runner.kv_tokens
         trees = {name: decoder.trees for name, decoder in decoders.items()}
         self._limits = Limits(
-            runner.context_length, runner.vocabulary, stop_token_ids(checkpoint), self.methods, self._draft, trees
+            runner.context_length,
+            runner.vocabulary,
+            stop_token_ids(checkpoint),
+            self.methods,
+            self._draft,
+            trees,
+            self.control,
+            whitespace="published" if self.control and self.control.published else "plain",
         )
         try:
             check_draft(self._draft, runner.context_length, list(chain.from_iterable(trees.values())))
@@ -127,6 +144,12 @@ class Engine:
             describe=self._describe,
             on_close=self._forget,
         )
+
+    def _control_tokens(self, checkpoint: Checkpoint) -> ControlTokens | None:
+        control = find_control_tokens(checkpoint.tokenizer, checkpoint.model.config.get_text_config().vocab_size)
+        if control is None and (forking := next(filter(forks, self.methods), None)):
+            raise ValueError(f"method {forking!r} needs a model that was trained to fork: its tokenizer has no [Fork]")
+        return control
 
     @classmethod
     def load(

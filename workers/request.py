@@ -7,7 +7,9 @@ from typing import Any
 
 from protocol.errors import RequestError
 from protocol.generation import DraftSettings, FinishReason, TraceLevel
+from protocol.reading_order import ReadingOrder, Whitespace
 from protocol.trace import StepTrace, ThreadStep, TraceHeader, TraceSummary, summarise
+from workers.forking import Forking
 from workers.model.pages import PageTable
 from workers.model.sampling import Sampling, TokenLogprobs
 from workers.pace import Pace
@@ -28,6 +30,9 @@ class GenerationRequest:
         logprobs: alternatives to report per token; None reports nothing.
         stop_when: ends a path whose tokens it is true for.
         max_threads: threads of this request that may run at the same time; further ones wait.
+        max_total_tokens: of all threads together; the request ends in the step in which they reach it. None: no limit.
+        forking: how threads may fork; None for models without control tokens.
+        whitespace: what stands between the texts of threads.
     """
 
     request_id: str
@@ -43,11 +48,24 @@ class GenerationRequest:
     draft: DraftSettings = field(default_factory=DraftSettings)
     stop_when: Callable[[list[int]], bool] | None = None
     max_threads: int = DEFAULT_MAX_THREADS
+    max_total_tokens: int | None = None
+    forking: Forking | None = None
+    whitespace: Whitespace = "plain"
 
     @property
     def is_exact(self) -> bool:
         """Whether the answer is the one of ordinary decoding; at temperature 0 typical acceptance is exact as well."""
         return self.draft.acceptance != "typical" or self.sampling.greedy
+
+    @property
+    def fork(self) -> int | None:
+        """The token with which a thread forks."""
+        return self.forking.tokens.fork if self.forking else None
+
+    @property
+    def terminal(self) -> frozenset[int]:
+        """Tokens behind which a step emits nothing more on the same thread."""
+        return self.stop_token_ids if self.fork is None else self.stop_token_ids | {self.fork}
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -95,6 +113,7 @@ class Thread:
         path: number of this thread among its parent's children, after the parent's path; () for the root.
         own_start: where in ``token_ids`` this thread's own tokens start.
         waiting: not running: not yet admitted, or preempted, or above the request's thread limit.
+        cut: whether a stop string ended it.
         state: memory of the request's method.
     """
 
@@ -115,11 +134,19 @@ class Thread:
         self.table = table
         self.children: int = 0
         self.waiting = True
+        self.cut = False
         self.finish_reason: FinishReason | None = None
         self.state: dict[str, Any] = {}
-        context = token_ids[-4:] if request.spec.echo and parent is None else []
-        self.detokenizer = Detokenizer(request.tokenizer, context)
+        self.detokenizer = Detokenizer(request.tokenizer, self._text_before())
         self.stops = StopScanner(request.spec.stop_strings)
+
+    def _text_before(self) -> list[int]:
+        """The last tokens whose text stands directly before this thread's first one."""
+        spec = self.request.spec
+        if spec.whitespace == "published" or (self.parent is None and not spec.echo):
+            return []
+        hidden = {spec.fork, spec.forking.tokens.child} if spec.forking else set()
+        return [token for token in self.token_ids[-8:] if token not in hidden][-4:]
 
     @property
     def order(self) -> tuple[int, int]:
@@ -132,7 +159,16 @@ class Thread:
 
     @property
     def sampling(self) -> Sampling:
-        return self.request.spec.sampling
+        """How its next token is chosen."""
+        free, unforked = self.request.samplings
+        forking = self.request.spec.forking
+        may_fork = forking is not None and forking.allows(1 + len(self.path), self.children, self.request.live_threads)
+        return free if may_fork else unforked
+
+    @property
+    def forks(self) -> bool:
+        """Whether its last token opens a child."""
+        return self.token_ids[-1] == self.request.spec.fork and len(self.token_ids) > self.own_start
 
     @property
     def draft(self) -> DraftSettings:
@@ -159,15 +195,22 @@ class Thread:
             if token in self.request.spec.stop_token_ids:
                 self.finish_reason = "stop"
             else:
-                text, stopped = self.stops.push(self.detokenizer.push(token))
-                shown += text
-                if stopped or (self.request.spec.stop_when and self.request.spec.stop_when(self.token_ids)):
+                shown += self._text_of(token)
+                if self.cut or (self.request.spec.stop_when and self.request.spec.stop_when(self.token_ids)):
                     self.finish_reason = "stop"
                 elif self.remaining <= 0:
                     self.finish_reason = "length"
             if self.finish_reason:
                 return tokens[:count], shown + self.stops.flush()
         return tokens, shown
+
+    def _text_of(self, token: int) -> str:
+        if token != self.request.spec.fork:
+            text, self.cut = self.stops.push(self.detokenizer.push(token))
+            return text
+        if self.request.spec.whitespace == "published":  # which decodes what stands between forks alone
+            self.detokenizer = Detokenizer(self.request.tokenizer)
+        return self.stops.flush()
 
 
 @dataclass
@@ -189,6 +232,16 @@ class Request:
     prompt_reports: list[TokenReport] = field(default_factory=list)
     completion_tokens: int = 0
 
+    def __post_init__(self) -> None:
+        spec = self.spec
+        self.samplings = spec.forking.samplings(spec.sampling) if spec.forking else (spec.sampling, spec.sampling)
+        self.reading = ReadingOrder(spec.whitespace)
+        self.stops = StopScanner(spec.stop_strings)  # across the borders of threads; they have their own
+
+    def live_threads(self) -> int:
+        """Threads that have not ended, running or not."""
+        return sum(not thread.finished for thread in self.threads)
+
     def elapsed_ms(self) -> float:
         return 1000 * (perf_counter() - self.accepted_at)
 
@@ -199,6 +252,13 @@ class Request:
     @property
     def finished(self) -> bool:
         return all(thread.finished for thread in self.threads)
+
+    def end(self, reason: FinishReason) -> None:
+        """End all threads that have not ended."""
+        for thread in self.threads:
+            if not thread.finished:
+                thread.finish_reason = reason
+                self.reading.finish(thread.number)
 
     def finish_reason(self) -> FinishReason:
         """Stop, unless some thread ran into its length limit."""

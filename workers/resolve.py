@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 from protocol.errors import ErrorCode, RequestError
 from protocol.generation import DraftSettings, GenerateParams
+from protocol.reading_order import Whitespace
+from workers.decoding.registry import canonical, forks
+from workers.forking import MAX_CHILDREN, MAX_DEPTH, ControlTokens, Forking
 from workers.model.sampling import Sampling
 from workers.prompts import Prompt, PromptRenderer
-from workers.request import GenerationRequest
+from workers.request import DEFAULT_MAX_THREADS, GenerationRequest
 
 DEFAULT_NEW_TOKENS = 256  # FastChat's
 MAX_CHARACTERS_PER_TOKEN = 64  # more than any text averages
@@ -16,7 +19,13 @@ MAX_CHARACTERS_PER_TOKEN = 64  # more than any text averages
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can take. ``trees`` are method → names that ``draft.tree`` may have with it."""
+    """What the model can take.
+
+    Attributes:
+        trees: method → names that ``draft.tree`` may have with it.
+        control: [Fork] and [Child] of a model that was trained to fork.
+        whitespace: what it expects between the texts of threads.
+    """
 
     context_length: int
     vocabulary: int
@@ -24,6 +33,8 @@ class Limits:
     methods: tuple[str, ...]
     draft: DraftSettings = field(default_factory=DraftSettings)
     trees: Mapping[str, Collection[str]] = field(default_factory=dict)
+    control: ControlTokens | None = None
+    whitespace: Whitespace = "plain"
 
 
 def resolve(
@@ -61,6 +72,10 @@ def resolve(
         logprobs=params.logprobs,
         trace=params.trace,
         draft=_draft(params, limits, method),
+        max_threads=params.max_threads or DEFAULT_MAX_THREADS,
+        max_total_tokens=params.max_total_tokens,
+        forking=_forking(params, limits.control, method),
+        whitespace=limits.whitespace,
     )
 
 
@@ -108,11 +123,23 @@ def _new_tokens(params: GenerateParams, prompt: Prompt, context_length: int) -> 
 
 
 def _method(params: GenerateParams, methods: tuple[str, ...], defaults: Mapping[str, str]) -> str:
-    method = params.method or defaults.get(params.model or "", methods[0])
+    method = canonical(params.method or defaults.get(params.model or "", methods[0]))
     if method not in methods:
         served = ", ".join(methods)
         raise RequestError(ErrorCode.PARAM_OUT_OF_RANGE, f"method {method!r} is not served here; served: {served}")
     return method
+
+
+def _forking(params: GenerateParams, control: ControlTokens | None, method: str) -> Forking | None:
+    """Whatever the method is, a model's control tokens are never text: where threads may not fork, both are banned."""
+    if control is None:
+        return None
+    return Forking(
+        control,
+        max_depth=(params.max_depth or MAX_DEPTH) if forks(method) else 1,
+        max_children=MAX_CHILDREN if params.max_children is None else params.max_children,
+        max_live=params.max_live_threads,
+    )
 
 
 def _draft(params: GenerateParams, limits: Limits, method: str) -> DraftSettings:

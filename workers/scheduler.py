@@ -72,6 +72,10 @@ class Scheduler:
         child = Thread(parent.request, [*parent.token_ids, *forced], table, parent=parent)
         parent.children += 1
         parent.request.threads.append(child)
+        parent.request.reading.fork(parent.number, child.number)
+        if child.remaining <= 0:
+            child.finish_reason = "length"
+            parent.request.reading.finish(child.number)
         return child
 
     def close_thread(self, thread: Thread) -> None:

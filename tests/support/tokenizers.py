@@ -1,5 +1,7 @@
 """A byte-level tokenizer for the tiny models: every byte is a token, so any character may be split over tokens."""
 
+from collections.abc import Sequence
+
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -12,17 +14,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Ids 0 to 6 are special, 7 to 262 the 256 bytes."""
+def byte_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, added: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Ids 0 to 6 are special, 7 to 262 the 256 bytes; ``added`` tokens, which are not special, follow."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     core = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
         chat_template=chat_template,
     )
+    tokenizer.add_tokens(list(added))
+    return tokenizer

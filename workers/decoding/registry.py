@@ -27,6 +27,7 @@ TRAINED: dict[str, tuple[Callable[[Any], Method], Callable[[Path, PreTrainedMode
 }
 BASELINE = "vanilla"  # always served
 NGRAM_SUFFIX = "+ngram"
+FORKING = "apar"  # a request's threads may fork; each of them drafts by the method behind the "+"
 
 Adapters = Mapping[str, Any]  # kind → its loaded weights, which know their ``nbytes``
 
@@ -42,24 +43,41 @@ def load_adapters(paths: Mapping[str, Path], model: PreTrainedModel) -> Adapters
     return {kind: TRAINED[kind][1](path, model) for kind, path in paths.items()}
 
 
+def forks(name: str) -> bool:
+    """Whether a method's name allows threads to fork."""
+    return name.partition("+")[0] == FORKING
+
+
+def drafting_method(name: str) -> str:
+    """By which method a thread drafts: ``apar+medusa`` → ``medusa``, ``apar`` → ``vanilla``."""
+    return (name.partition("+")[2] or BASELINE) if forks(name) else name
+
+
+def canonical(name: str) -> str:
+    """One name for each method: ``apar`` for ``apar+vanilla``."""
+    return FORKING if forks(name) and drafting_method(name) == BASELINE else name
+
+
 def check_method(name: str) -> str:
     """The kind of adapter that the method ``name`` needs, or "". Raises UnknownMethod."""
-    base = name.removesuffix(NGRAM_SUFFIX)
+    base = drafting_method(name).removesuffix(NGRAM_SUFFIX)
     if base not in METHODS and base not in TRAINED:
         known = ", ".join(sorted([*METHODS, *TRAINED]))
-        raise UnknownMethod(f"unknown method {name!r}; known: {known}, and each of them with {NGRAM_SUFFIX}")
+        suffixes = f"each of them with {NGRAM_SUFFIX}, and {FORKING}, alone or as {FORKING}+METHOD"
+        raise UnknownMethod(f"unknown method {name!r}; known: {known}, {suffixes}")
     return base if base in TRAINED else ""
 
 
 def make_method(name: str, adapters: Adapters | None = None) -> Method:
-    """A new instance of the method called ``name``: one of METHODS or TRAINED, or one with ``+ngram``.
+    """A new instance of what drafts in the method called ``name``: one of METHODS or TRAINED, or one with ``+ngram``.
 
     Raises:
         UnknownMethod: no such method.
         BadAdapter: its adapter is not among ``adapters``.
     """
-    kind, base = check_method(name), name.removesuffix(NGRAM_SUFFIX)
+    kind, drafting = check_method(name), drafting_method(name)
+    base = drafting.removesuffix(NGRAM_SUFFIX)
     if kind and kind not in (adapters or {}):
         raise BadAdapter(f"method {name!r} needs trained weights: --adapter {kind}=PATH")
     method = TRAINED[kind][0]((adapters or {})[kind]) if kind else METHODS[base]()
-    return WithNgrams(method) if base != name else method
+    return WithNgrams(method) if base != drafting else method
