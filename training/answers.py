@@ -79,7 +79,12 @@ def answers(
 
 
 def own_answers(model_path: str, prompts: Sequence[str], new_tokens: int, path: Path) -> list[Answer]:
-    """A model's answers of more than one token, with the engine that serves; those in the file ``path`` are known."""
+    """A model's answers of more than one token; see :func:`answers_of`."""
+    return [answer for answer in answers_of(model_path, prompts, new_tokens, path) if len(answer.answer) > 1]
+
+
+def answers_of(model_path: str, prompts: Sequence[str], new_tokens: int, path: Path) -> list[Answer]:
+    """A model's answer to each prompt, with the engine that serves; those in the file ``path`` are known."""
     with Engine.load(model_path, kv_tokens=65536, max_requests=64) as engine:
         WarmUp(engine, model_path, measure=False).wait()
 
@@ -87,5 +92,4 @@ def own_answers(model_path: str, prompts: Sequence[str], new_tokens: int, path: 
             if done % 100 == 0:
                 logger.info("%d of %d prompts answered", done, len(prompts))
 
-        found = answers(engine, prompts, new_tokens, AnswerFile(path), progress)
-        return [answer for answer in found if len(answer.answer) > 1]
+        return list(answers(engine, prompts, new_tokens, AnswerFile(path), progress))

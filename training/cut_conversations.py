@@ -7,7 +7,7 @@ teacher's logits, gigabytes of them; the trainer here computes them in the pass 
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def cut_conversations(
     draws = np.random.default_rng(seed)
     kept = Kept(cache, Answer)
     found: list[Answer] = []
-    for messages in _conversations(path):
+    for entry in read_entries(path):
+        messages = messages_of(entry, path)
         if any(benchmarks.holds(message.content) for message in messages if message.role == "user"):
             continue
         cut = _cut(messages, renderer, special + 1, draws)
@@ -62,20 +63,23 @@ def cut_conversations(
     return found
 
 
-def _conversations(path: Path) -> Iterator[list[ChatMessage]]:
+def read_entries(path: Path) -> list[Any]:
+    """What a JSON list holds, or a file of a JSON value a line."""
     text = path.read_text("utf-8")
     entries: list[Any] = (
         json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line]
     )
-    for entry in entries:
-        try:
-            turns = entry["conversations"] if "conversations" in entry else entry["messages"]
-            named = [
-                (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"]) for turn in turns
-            ]
-            yield [ChatMessage(role=ROLES[role], content=content) for role, content in named]
-        except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"{path}: no conversation: {str(entry)[:80]}") from None
+    return entries
+
+
+def messages_of(entry: Any, path: Path) -> list[ChatMessage]:
+    """The turns of a chat: ``conversations`` [{from, value}] or ``messages`` [{role, content}]. Raises ValueError."""
+    try:
+        turns = entry["conversations"] if "conversations" in entry else entry["messages"]
+        named = [(turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"]) for turn in turns]
+        return [ChatMessage(role=ROLES[role], content=content) for role, content in named]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path}: no conversation: {str(entry)[:80]}") from None
 
 
 def _cut(

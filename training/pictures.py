@@ -44,6 +44,12 @@ def accuracy_picture(measured: Sequence[Sequence[float]], path: Path, whose: str
         axes.legend()
 
 
+def bar_picture(places: Sequence[int], counts: Sequence[int], name: str, path: Path) -> None:
+    """How often each number occurs."""
+    with _axes(path, name, "count") as axes:
+        axes.bar(places, counts)
+
+
 def lines_picture(across: Sequence[int], lines: Mapping[str, Sequence[float]], name: str, path: Path) -> None:
     """Named lines over common places, each beside 1."""
     with _axes(path, name, "beside one row") as axes:

@@ -60,7 +60,5 @@ class Forking:
         """How tokens are chosen where a thread may fork, and where it may not."""
         fork, child = self.tokens.fork, self.tokens.child
         forbidden = {token: (*sampling.banned_after.get(token, ()), fork) for token in (fork, child)}
-        free = replace(
-            sampling, banned=(*sampling.banned, child), banned_after={**sampling.banned_after, **forbidden}
-        )
+        free = replace(sampling, banned=(*sampling.banned, child), banned_after={**sampling.banned_after, **forbidden})
         return free, replace(sampling, banned=(*sampling.banned, fork, child))

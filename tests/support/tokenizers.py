@@ -14,9 +14,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(
-    chat_template: str | None = CHAT_TEMPLATE, added: Sequence[str] = ()
-) -> PreTrainedTokenizerFast:
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE, added: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Ids 0 to 6 are special, 7 to 262 the 256 bytes; ``added`` tokens, which are not special, follow."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     core = Tokenizer(BPE(vocab=vocabulary, merges=[]))

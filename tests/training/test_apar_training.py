@@ -1,0 +1,93 @@
+"""APAR: what forks, the published files, packed trees, and that training teaches a tiny model to fork."""
+
+from pathlib import Path
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from tests.support.families import tiny_model
+from tests.support.tokenizers import byte_tokenizer
+from training.apar import tree_loss
+from training.apar_data import Sample, is_repetitive, read_trees, sorted_out, write_data
+from training.paragraph_tree import ParagraphTree, packed, tree_of
+from training.structure import Structured, structure
+from workers.forking import ControlTokens
+
+CONTROL = ControlTokens(263, 264)
+LIST = "Some things:\n\n1. **Sun:** It is a star, and warm.\n\n2. Moon: It circles the earth.\n\n3. Mars: A red planet.\n\nEnough."
+
+
+def test_an_ordered_list_forks_behind_its_titles() -> None:
+    found = structure(LIST)
+    assert found
+    assert found.pieces == ("Some things:\n\n1. **Sun:**", "\n\n2. Moon:", "\n\n3. Mars:", "\n\nEnough.")
+    assert found.details == (" It is a star, and warm.", " It circles the earth.", " A red planet.")
+
+
+def test_paragraphs_fork_behind_their_first_sentences() -> None:
+    paragraph = "The first sentence is long enough. The second one follows it. And a third."
+    found = structure("\n\n".join([paragraph] * 3))
+    assert found
+    assert found.pieces == (
+        "The first sentence is long enough.",
+        "\n\nThe first sentence is long enough.",
+        "\n\nThe first sentence is long enough.",
+        "",
+    )
+    assert is_repetitive(found)
+
+
+@given(st.text(alphabet="ab .:\n123", max_size=200))
+def test_no_character_is_lost(answer: str) -> None:
+    found = structure(answer)
+    assert found is None or found.text == answer
+
+
+pieces = st.lists(st.text(alphabet="ab \n", min_size=1, max_size=9), min_size=1, max_size=5)
+
+
+@given(pieces, st.data())
+def test_published_files_are_read_as_they_were_written(texts: list[str], data: st.DataObject) -> None:
+    details = data.draw(st.lists(st.text(min_size=1, max_size=9), min_size=len(texts) - 1, max_size=len(texts) - 1))
+    sample = Sample("7", "question", Structured(tuple(texts), tuple(details)))
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_data([sample], [], Path(folder))
+        assert read_trees(Path(folder) / "apar.json") == [sample]
+
+
+def test_chats_are_sorted_out() -> None:
+    structured, unstructured = sorted_out([("1", "a", LIST), ("2", "b", "```x = 1```"), ("3", "c", "Hello.")])
+    assert [sample.index for sample in structured] == ["1"]
+    assert [sample.index for sample in unstructured] == ["2"]
+
+
+def trees() -> list[ParagraphTree]:
+    found = structure(LIST)
+    assert found
+    tokenizer = byte_tokenizer(added=["[Fork]", "[Child]"])
+    plain = Structured(("Never.",), ())
+    return [tree_of([1, 2, 3, 4], answer, tokenizer, CONTROL) for answer in (found, plain, found)]
+
+
+def test_a_packed_tree_has_the_losses_of_its_paths() -> None:
+    model = tiny_model("llama")
+    batch = packed(trees())
+    with torch.inference_mode():
+        mask = torch.where(batch.mask, 0.0, torch.finfo(torch.float32).min)
+        logits = model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=mask).logits[0]
+        ours = cross_entropy(logits, batch.labels, reduction="sum")
+        theirs = 0.0
+        counted = 0
+        for tree in trees():
+            shared = 0
+            for tokens, masked in tree.paths:
+                own = torch.tensor([tokens])
+                theirs += float(cross_entropy(model(own).logits[0, masked - 1 : -1], own[0, masked:], reduction="sum"))
+                counted += len(tokens) - masked
+    assert counted == int((batch.labels >= 0).sum())
+    assert abs(float(ours) - theirs) < 1e-3 * theirs
+    assert abs(float(tree_loss(model, trees())) - theirs / counted) < 1e-3

@@ -1,0 +1,208 @@
+"""``python -m training.apar``: teach a model to fork (APAR, Liu et al. 2024), by LoRA or by all of its weights.
+
+``prepare`` makes the data from chats. The training packs paragraph trees; half of the samples are answers that must not
+fork. Beside the adapter the folder gets the loss curve and where all of it came from.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from protocol.generation import ChatMessage
+from training.answers import answers_of
+from training.apar_data import Sample, read_chats, read_plain, read_trees, sorted_out, write_data
+from training.loop import Schedule, train
+from training.paragraph_tree import ParagraphTree, packed, tree_of
+from training.pictures import bar_picture, loss_curve
+from training.precision import has_fast_bfloat16
+from training.prompts import benchmarks_of, load_prompts
+from training.structure import whole_part
+from workers.forking import NAMES, ControlTokens
+from workers.model.checkpoint import Checkpoint, load_checkpoint
+from workers.model.devices import find_device
+from workers.model.lora import ADDED_TOKENS, add_tokens
+from workers.prompts import PromptRenderer
+
+logger = logging.getLogger(__name__)
+
+SHOWN = {"model_path", "full", "rank", "longest", "steps", "trees", "learning_rate", "seed"}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Trained(nn.Module):
+    """The parameters of a model that are trained, for checkpoints."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.parameters_ = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def with_lora(model: PreTrainedModel, tokens: Sequence[int], rank: int) -> Any:
+    """``model`` with trainable LoRA on every linear layer but the output projection, and trainable rows of ``tokens``."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        trainable_token_indices=list(tokens),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def train_forking(
+    model: Any,
+    forking: Sequence[ParagraphTree],
+    plain: Sequence[ParagraphTree],
+    *,
+    trees: int,
+    schedule: Schedule,
+    seed: int,
+    checkpoint: Path,
+    resume: bool,
+    stop_at: int | None = None,
+) -> list[float]:
+    """Train ``model``'s trainable parameters; returns the losses; see :func:`training.loop.train`.
+
+    Args:
+        forking, plain: samples that fork, and that must not; half of each step's ``trees`` are of either kind.
+    """
+    accelerator = Accelerator()
+
+    def loss_of(step: int) -> torch.Tensor:
+        draws = np.random.default_rng([seed, step])
+        drawn = [
+            kind[draws.integers(len(kind))]
+            for kind in ([forking, plain] * trees if plain else [forking] * trees)[:trees]
+        ]
+        mine = drawn[accelerator.process_index :: accelerator.num_processes]
+        return tree_loss(model, mine)
+
+    return train(Trained(model), loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
+
+
+def tree_loss(model: Any, trees: Sequence[ParagraphTree]) -> torch.Tensor:
+    """Mean cross entropy over the labels of packed trees."""
+    batch = packed(trees)
+    device = next(model.parameters()).device
+    rows = (batch.labels >= 0).nonzero()[:, 0]
+    output = model(
+        input_ids=batch.ids.to(device),
+        position_ids=batch.positions.to(device),
+        attention_mask=_additive(batch.mask, model.dtype).to(device),
+        use_cache=False,
+        logits_to_keep=rows.to(device),
+    )
+    return cross_entropy(output.logits[0].float(), batch.labels[rows].to(device))
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def encoded(
+    samples: Sequence[Sample], checkpoint: Checkpoint, control: ControlTokens, longest: int
+) -> list[ParagraphTree]:
+    """Samples behind their rendered prompts, without those of more than ``longest`` tokens."""
+    renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name)
+    trees = []
+    for sample in samples:
+        prompt = renderer.render([ChatMessage(role="user", content=sample.prompt)]).token_ids
+        trees.append(tree_of(prompt, sample.answer, checkpoint.tokenizer, control))
+    kept = [tree for tree in trees if len(tree) <= longest]
+    logger.info("%d samples of at most %d tokens, %d forks", len(kept), longest, sum(len(tree.forks) for tree in kept))
+    return kept
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    data: Annotated[Path, typer.Option(help="folder with apar.json and unstructured.json, see prepare")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="folder for the adapter")] = Path("apar"),
+    model_path: str = "smollm2-135m",
+    full: Annotated[bool, typer.Option("--full", help="train all weights; the folder becomes a model")] = False,
+    rank: Annotated[int, typer.Option(min=1, help="of LoRA")] = 16,
+    longest: Annotated[int, typer.Option(help="tokens of a sample")] = 1024,
+    steps: int = 800,
+    trees: Annotated[int, typer.Option(min=2, help="samples a step, half of which fork")] = 8,
+    learning_rate: float = 5e-4,
+    cache: Annotated[Path, typer.Option(help="checkpoints")] = Path("runs/training"),
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a training that was killed")] = False,
+    seed: int = 0,
+) -> None:
+    """Teach a model to fork."""
+    if context.invoked_subcommand:
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    options = {name: value for name, value in locals().items() if name in SHOWN}
+    device = find_device(None)
+    dtype = torch.bfloat16 if has_fast_bfloat16(device) and not full else torch.float32
+    checkpoint = load_checkpoint(model_path, dtype=dtype, device=device)
+    added = add_tokens(checkpoint.model, checkpoint.tokenizer, list(NAMES[0]))
+    control = ControlTokens(*added.values())
+    forking = encoded(read_trees(data / "apar.json"), checkpoint, control, longest)
+    plain = encoded(read_plain(data / "unstructured.json"), checkpoint, control, longest)
+    model = checkpoint.model if full else with_lora(checkpoint.model, list(added.values()), rank)
+    losses = train_forking(
+        model,
+        forking,
+        plain,
+        trees=trees,
+        schedule=Schedule(steps, learning_rate),
+        seed=seed,
+        checkpoint=cache / f"apar-{checkpoint.name}.pt",
+        resume=resume,
+    )
+    model.save_pretrained(out)
+    if full:
+        checkpoint.tokenizer.save_pretrained(out)
+    (out / ADDED_TOKENS).write_text(json.dumps(added))
+    loss_curve(losses, out / "loss.png")
+
+
+@app.command("prepare")
+def prepare(
+    out: Annotated[Path, typer.Option(help="folder for apar.json, apar_flatten.json, unstructured.json")],
+    chats: Annotated[list[Path] | None, typer.Option(help="JSON or JSONL of chats, or of prompt and answer")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts that the model itself answers")] = None,
+    avoid: Annotated[list[Path] | None, typer.Option(help="benchmark files: their questions are left out")] = None,
+    model_path: str = "smollm2-135m",
+    count: Annotated[int | None, typer.Option(help="prompts; by default all")] = None,
+    new_tokens: Annotated[int, typer.Option(help="longest of the model's answers")] = 192,
+    cache: Annotated[Path, typer.Option(help="the model's answers")] = Path("runs/training"),
+    seed: int = 0,
+) -> None:
+    """Sort answers out into those that fork and those that must not, in the published formats."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    benchmarks = benchmarks_of(avoid)
+    found = [chat for path in chats or [] for chat in read_chats(path) if not benchmarks.holds(chat[1])]
+    if prompts:
+        chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
+        answers = answers_of(model_path, chosen, new_tokens, cache / "answers.jsonl")
+        found += [
+            (f"own{number}", prompt, whole_part(answer.text, cut=len(answer.answer) == new_tokens))
+            for number, (prompt, answer) in enumerate(zip(chosen, answers, strict=True))
+        ]
+    structured, unstructured = sorted_out(found)
+    write_data(structured, unstructured, out)
+    counts = Counter(len(sample.answer.details) for sample in structured)
+    sizes = sorted(counts)
+    bar_picture([0, *sizes], [len(unstructured), *(counts[size] for size in sizes)], "forks", out / "forks.png")
+    logger.info("%d answers: %d fork, %d must not", len(found), len(structured), len(unstructured))
+
+
+if __name__ == "__main__":
+    app()

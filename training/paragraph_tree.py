@@ -1,0 +1,106 @@
+"""Paragraph trees in tokens, packed into one sequence: every token is read once, by a model that sees its path alone.
+
+The published training data unrolls a tree into its paths, each an ordinary sample (APAR, Liu et al. 2024). Packed, a
+child's tokens follow those of the first thread, see them up to their fork, and have the positions that follow it. Both
+give the same losses, but a prefix that n paths share is computed once instead of n times.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from training.structure import Structured
+from workers.forking import ControlTokens
+
+NOTHING = -100  # label of a row from which nothing is learned
+
+
+@dataclass(frozen=True)
+class ParagraphTree:
+    """An answer's threads behind a prompt.
+
+    Attributes:
+        prompt: token ids.
+        root: the first thread's own tokens, [Fork] and EOS included.
+        children: for each [Fork] of the root, in order, the child's tokens: [Child], its text, EOS.
+    """
+
+    prompt: Sequence[int]
+    root: Sequence[int]
+    children: Sequence[Sequence[int]]
+    control: ControlTokens | None
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.root) + sum(map(len, self.children))
+
+    @property
+    def forks(self) -> list[int]:
+        """Where the root forks: numbers of rows."""
+        fork = self.control.fork if self.control else None
+        return [len(self.prompt) + place for place, token in enumerate(self.root) if token == fork]
+
+    @property
+    def paths(self) -> list[tuple[list[int], int]]:
+        """The samples of the published data: token ids, and how many of them are no labels."""
+        first = [*self.prompt, *self.root]
+        paths = [(first, len(self.prompt))]
+        for fork, child in zip(self.forks, self.children, strict=True):
+            paths.append(([*first[: fork + 1], *child], fork + 2))
+        return paths
+
+
+def tree_of(prompt: Sequence[int], answer: Structured, tokenizer: Any, control: ControlTokens) -> ParagraphTree:
+    """The tree of an answer; every piece of it is encoded alone, as it is generated."""
+
+    def encoded(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    eos = tokenizer.eos_token_id
+    root = encoded(answer.pieces[0])
+    for piece in answer.pieces[1:]:
+        root += [control.fork, *encoded(piece)]
+    children = [[control.child, *encoded(detail), eos] for detail in answer.details]
+    return ParagraphTree(prompt, [*root, eos], children, control)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Trees in one sequence of T rows.
+
+    Attributes:
+        ids, positions: int64[1, T].
+        mask: bool[1, 1, T, T], true where a row sees another one.
+        labels: int64[T], the token that each row predicts, or NOTHING.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+
+
+def packed(trees: Sequence[ParagraphTree]) -> Packed:
+    """Pack some trees; none sees another."""
+    parts = [_packed(tree) for tree in trees]
+    ids, positions, labels, masks = (list(part) for part in zip(*parts, strict=True))
+    mask = torch.block_diag(*masks).bool()
+    return Packed(torch.cat(ids)[None], torch.cat(positions)[None], mask[None, None], torch.cat(labels))
+
+
+def _packed(tree: ParagraphTree) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    first = [*tree.prompt, *tree.root]
+    ids, positions = list(first), list(range(len(first)))
+    labels = [*[NOTHING] * (len(tree.prompt) - 1), *tree.root, NOTHING]
+    mask = torch.zeros(len(tree), len(tree), dtype=torch.bool)
+    mask[: len(first), : len(first)] = torch.ones(len(first), len(first)).tril()
+    for fork, child in zip(tree.forks, tree.children, strict=True):
+        start, end = len(ids), len(ids) + len(child)
+        ids += child
+        positions += range(fork + 1, fork + 1 + len(child))
+        labels += [*child[1:], NOTHING]  # [Child] is forced: nobody predicts it
+        mask[start:end, : fork + 1] = True
+        mask[start:end, start:end] = torch.ones(len(child), len(child)).tril()
+    return torch.tensor(ids), torch.tensor(positions), torch.tensor(labels), mask
