@@ -50,7 +50,7 @@ class Trained(nn.Module):
 
 
 def with_lora(model: PreTrainedModel, tokens: Sequence[int], rank: int) -> Any:
-    """``model`` with trainable LoRA on every linear layer but the output projection, and trainable rows of ``tokens``."""
+    """``model`` with trainable LoRA on its decoder's linear layers, and trainable rows of ``tokens``."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -166,7 +166,7 @@ def main(
         checkpoint=cache / f"apar-{checkpoint.name}.pt",
         resume=resume,
     )
-    model.save_pretrained(out)
+    model.save_pretrained(out, **({} if full else {"save_embedding_layers": False}))
     if full:
         checkpoint.tokenizer.save_pretrained(out)
     (out / ADDED_TOKENS).write_text(json.dumps(added))

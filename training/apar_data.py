@@ -1,7 +1,7 @@
 """APAR's data sets in the published formats, from any chats; and the reader of such files.
 
-``apar.json`` holds every path of every tree (``<id>_main`` and ``<id>_<child>``), ``apar_flatten.json`` the same answers
-as they read, ``unstructured.json`` conversations from which not to fork is learned.
+``apar.json`` holds every path of every tree (``<id>_main`` and ``<id>_<child>``), ``apar_flatten.json`` the same
+answers as they read, ``unstructured.json`` conversations from which not to fork is learned.
 """
 
 import json

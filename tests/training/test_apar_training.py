@@ -16,7 +16,10 @@ from training.structure import Structured, structure
 from workers.forking import ControlTokens
 
 CONTROL = ControlTokens(263, 264)
-LIST = "Some things:\n\n1. **Sun:** It is a star, and warm.\n\n2. Moon: It circles the earth.\n\n3. Mars: A red planet.\n\nEnough."
+LIST = (
+    "Some things:\n\n1. **Sun:** It is a star, and warm.\n\n2. Moon: It circles the earth.\n\n"
+    "3. Mars: A red planet.\n\nEnough."
+)
 
 
 def test_an_ordered_list_forks_behind_its_titles() -> None:
@@ -83,7 +86,6 @@ def test_a_packed_tree_has_the_losses_of_its_paths() -> None:
         theirs = 0.0
         counted = 0
         for tree in trees():
-            shared = 0
             for tokens, masked in tree.paths:
                 own = torch.tensor([tokens])
                 theirs += float(cross_entropy(model(own).logits[0, masked - 1 : -1], own[0, masked:], reduction="sum"))
