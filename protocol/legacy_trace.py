@@ -1,12 +1,17 @@
 """APAR's trace: six arrays with one full snapshot per step, made from native traces.
 
-As in APAR's vanilla worker the forward pass that produced the final EOS leaves no snapshot. Unlike there, the last
-token of an answer that ends by length is kept. Needs traces taken with ``trace: "full"``, which carry the prompt's ids.
+As in APAR's vanilla worker the forward pass that produced the final EOS leaves no snapshot, and a thread that emitted
+its EOS in a step still counts in it. Unlike there, the last token of an answer that ends by length is kept, and a
+child's first token comes with its [Child]. Needs traces taken with ``trace: "full"``, which carry the prompt's ids.
 """
 
+import copy
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
-from protocol.trace import RequestTrace, StepTrace
+from protocol.reading_order import ReadingOrder
+from protocol.trace import RequestTrace, StepTrace, ThreadStep
 from protocol.wire import Wire
 
 
@@ -21,51 +26,91 @@ class LegacyTrace(Wire):
     dynamic_bs: list[int]
 
 
-class _Snapshot:
-    """One prompt's answer after some step."""
-
-    def __init__(self, text: str, ids: list[int], elapsed_s: float) -> None:
-        self.text = text
-        self.ids = ids
-        self.elapsed_s = elapsed_s
-
-
 def legacy_trace(*traces: RequestTrace) -> LegacyTrace:
-    """Convert the traces of one batch of prompts, one single-thread trace each.
+    """Convert the traces of one batch of prompts.
 
     Raises:
         ValueError: a trace lacks its prompt's token ids.
     """
-    histories = [_snapshots(trace) for trace in traces]
-    roots = [{"start": trace.header.prompt_tokens, "gid": gid, **_UNFORKED} for gid, trace in enumerate(traces)]
+    gids = count()
+    told = [_Told(trace, gids) for trace in traces]
     legacy = LegacyTrace(responses=[], ret_input_ids=[], global_root=[], g_to_i=[], elapse=[], dynamic_bs=[])
-    for step in range(max(map(len, histories), default=0)):
-        now = [history[min(step, len(history) - 1)] for history in histories]
-        live = [gid for gid, history in enumerate(histories) if step < len(history)]
-        legacy.responses.append([snapshot.text for snapshot in now])
-        legacy.ret_input_ids.append([snapshot.ids for snapshot in now])
-        legacy.global_root.append([dict(root) for root in roots])
+    for step in range(max((len(one.steps) for one in told), default=0)):
+        for one in told:
+            one.take(step)
+        paths = {gid: path for one in told for gid, path in one.paths.items()}
+        live = sorted(gid for one in told for gid in one.live)
+        legacy.responses.append([one.order.snapshot() for one in told])
+        legacy.ret_input_ids.append([list(paths[gid]) for gid in sorted(paths)])
+        legacy.global_root.append([copy.deepcopy(one.root) for one in told])
         legacy.g_to_i.append({str(gid): row for row, gid in enumerate(live)})
-        legacy.elapse.append(max(snapshot.elapsed_s for snapshot in now))
+        legacy.elapse.append(max(one.elapsed_s for one in told))
         legacy.dynamic_bs.append(len(live))
     return legacy
 
 
-_UNFORKED = {"termination": None, "next": None, "detail": None}
+class _Told:
+    """What a trace has told up to some step. Threads have global numbers (gid) of a whole batch.
+
+    Attributes:
+        paths: by gid, all token ids of a path, the prompt's first.
+        root: APAR's tree of spans; ``start`` and ``termination`` are places in the path of ``gid``.
+        live: gids of the threads that had a row in the step.
+    """
+
+    def __init__(self, trace: RequestTrace, gids: Iterator[int]) -> None:
+        if trace.header.prompt_token_ids is None:
+            raise ValueError('the trace has no prompt token ids: take it with trace: "full"')
+        self.steps = _recorded(trace.steps)
+        self.order = ReadingOrder(trace.header.whitespace)
+        self.elapsed_s = 0.0
+        self._control = trace.header.control_tokens
+        self._gids = gids
+        gid = next(gids)
+        self._gid_of = [gid]  # by thread
+        self.paths = {gid: list(trace.header.prompt_token_ids)}
+        self.root = _span(trace.header.prompt_tokens, gid)
+        self.live: list[int] = [gid]
+        self._growing = {gid: self.root}
+        self._ended: set[int] = set()
+
+    def take(self, step: int) -> None:
+        """The next step happens, if there is one."""
+        self.live = [gid for gid in self._gid_of if gid not in self._ended] if step < len(self.steps) else []
+        for thread in self.steps[step].threads if step < len(self.steps) else []:
+            self._take(thread)
+        if step < len(self.steps):
+            self.elapsed_s = self.steps[step].t_ms / 1000
+
+    def _take(self, thread: ThreadStep) -> None:
+        gid = self._gid_of[thread.thread]
+        path = self.paths[gid]
+        if self._control and thread.parent is not None and path[-1] == self._control[0]:
+            path.append(self._control[1])
+        path += thread.token_ids
+        self.order.push(thread.thread, thread.text)
+        if thread.finish_reason:
+            self.order.finish(thread.thread)
+            self._ended.add(gid)
+        elif self._control and path[-1] == self._control[0]:
+            self._fork(thread.thread, gid)
+
+    def _fork(self, thread: int, gid: int) -> None:
+        child, place = next(self._gids), len(self.paths[gid]) - 1
+        self.order.fork(thread, len(self._gid_of))
+        self._gid_of.append(child)
+        self.paths[child] = list(self.paths[gid])
+        before = self._growing[gid]
+        before["termination"] = place
+        self._growing[gid] = before["next"] = _span(place + 1, gid)
+        self._growing[child] = before["detail"] = _span(place + 2, child)
+        self.live.append(child)
 
 
-def _snapshots(trace: RequestTrace) -> list[_Snapshot]:
-    if trace.header.prompt_token_ids is None:
-        raise ValueError('the trace has no prompt token ids: take it with trace: "full"')
-    text, ids, history = "", list(trace.header.prompt_token_ids), []
-    for step in _recorded(trace.steps):
-        for thread in step.threads:
-            text += thread.text
-            ids = ids + thread.token_ids
-        history.append(_Snapshot(text, ids, step.t_ms / 1000))
-    return history
+def _span(start: int, gid: int) -> dict[str, Any]:
+    return {"start": start, "gid": gid, "termination": None, "next": None, "detail": None}
 
 
 def _recorded(steps: list[StepTrace]) -> list[StepTrace]:
-    ends_by_eos = any(thread.finish_reason == "stop" for thread in steps[-1].threads) if steps else False
+    ends_by_eos = all(thread.finish_reason == "stop" for thread in steps[-1].threads) if steps else False
     return steps[:-1] if ends_by_eos and len(steps) > 1 else steps

@@ -7,6 +7,7 @@ included, a forced [Child] not).
 
 from typing import Any
 
+from protocol.reading_order import Whitespace
 from protocol.wire import Wire
 
 
@@ -52,6 +53,8 @@ class TraceHeader(Wire):
     prefill_ms: float  # time in forward passes that only read the prompt
     prefill_steps: int  # number of those passes
     prompt_token_ids: list[int] | None = None  # only with trace: "full"
+    control_tokens: tuple[int, int] | None = None  # [Fork] and [Child], where threads may fork
+    whitespace: Whitespace = "plain"  # between the texts of threads
 
 
 class TraceSummary(Wire):

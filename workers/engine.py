@@ -413,6 +413,8 @@ class Engine:
             prefill_ms=request.prefill_ms,
             prefill_steps=request.prefill_steps,
             prompt_token_ids=spec.prompt if spec.trace == "full" else None,
+            control_tokens=(self.control.fork, self.control.child) if self.control and forks(spec.method) else None,
+            whitespace=spec.whitespace,
         )
 
 

@@ -179,6 +179,8 @@ async def _traces(worker: Worker, params: WorkerTraceParams, request_id: str) ->
                         prompt=prompt,
                         max_length=params.max_length,
                         temperature=0.0,
+                        max_depth=params.max_depth,
+                        max_live_threads=params.max_batch_size,
                         echo=False,
                         trace="full",
                     ),

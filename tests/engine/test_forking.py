@@ -1,5 +1,6 @@
 """Threads of one request: every thread's tokens are plain greedy decoding of its own path, whatever runs beside it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.verify import TIE
+from protocol.legacy_trace import legacy_trace
+from protocol.trace import RequestTrace
 from tests.support.families import tiny_model
 from tests.support.tokenizers import byte_tokenizer
 from workers.engine import Engine
@@ -149,3 +152,29 @@ def test_whatever_forks_every_thread_decodes_its_own_path(
         assert (text, paths) == ask(engine, **options, **biased)
     for place, path in list(paths.items())[:20]:
         assert_greedy(path, 1 + len(place), bias=bias, max_depth=max_depth, max_children=max_children)
+
+
+def test_apars_own_trace_tells_the_tree_and_every_snapshot() -> None:
+    engine = forking_engine()
+    events = list(
+        engine.generate(PROMPT, method="apar", temperature=0, max_new_tokens=40, trace="full", logit_bias={FORK: 6.0})
+    )
+    header, summary = events[0].header, events[-1].summary
+    assert header and summary
+    steps = [event.step for event in events if event.step]
+    legacy = legacy_trace(RequestTrace(header=header, steps=steps, summary=summary))
+    last = legacy.ret_input_ids[-1]
+    paths = paths_of(threads_of(events), engine.renderer.encode(PROMPT).token_ids)
+    assert sorted(last) == sorted(path.tokens for path in paths.values())
+    assert ascii_of(legacy.responses[-1][0]) == decoded(in_reading_order(paths))
+    for count, live in zip(legacy.dynamic_bs, legacy.g_to_i, strict=True):
+        assert sorted(live.values()) == list(range(count))
+
+    def spans(node: dict[str, Any] | None) -> Iterator[list[int]]:
+        if node:
+            yield last[node["gid"]][node["start"] : node["termination"]]
+            yield from spans(node["detail"])
+            yield from spans(node["next"])
+
+    told = [token for span in spans(legacy.global_root[-1][0]) for token in span if token != FORK]  # at an answer's end
+    assert told == in_reading_order(paths)
