@@ -26,6 +26,7 @@ from workers.core import EngineCore
 from workers.decoding.interface import BadAdapter
 from workers.decoding.registry import (
     BASELINE,
+    FORKING,
     UnknownMethod,
     canonical,
     check_method,
@@ -160,6 +161,7 @@ class Engine:
         device: str | None = None,
         dtype: str | None = None,
         quantization: str | None = None,
+        adapters: Mapping[str, Path] | None = None,
         **options: Any,
     ) -> "Engine":
         """Load an embedded model's name, a folder, a GGUF file or a hub id.
@@ -170,10 +172,11 @@ class Engine:
             device: torch's name; by default the first GPU, else the CPU.
             dtype: ``float32``, ``bfloat16`` or ``float16``; by default float32 on a CPU and bfloat16 on a GPU.
             quantization: None, or ``int8`` for the weights of all products.
+            adapters: kind → path of trained weights; by default those that come with the model. ``apar`` changes the
+                model's own weights.
             options: ``kv_tokens`` (rows of KV; by default from free memory), ``max_requests`` (running at a time),
                 ``max_queue`` (waiting), ``conv_template`` (one of FastChat's), ``draft`` (sizes that requests may
-                override), ``tune`` (False: no size is chosen by measured costs), ``adapters`` (kind → path of trained
-                weights; by default those that come with the model).
+                override), ``tune`` (False: no size is chosen by measured costs).
 
         Raises:
             ModelLoadError: the model cannot be served; one line.
@@ -185,10 +188,13 @@ class Engine:
             raise ModelLoadError(str(error)) from error
         methods = [method] if isinstance(method, str) else method
 
-        def load() -> Checkpoint:
-            return load_checkpoint(model_path, dtype=kind, device=place, quantization=quantization)
+        trained = dict(adapters or {})
+        merged = trained.pop(FORKING, None)
 
-        return cls(load, methods=methods, **options)
+        def load() -> Checkpoint:
+            return load_checkpoint(model_path, dtype=kind, device=place, quantization=quantization, adapter=merged)
+
+        return cls(load, methods=methods, adapters=trained, **options)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 

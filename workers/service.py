@@ -23,6 +23,7 @@ from protocol.generation import GenerateParams, error_frame
 from protocol.legacy_trace import legacy_trace
 from protocol.wire import parse_body
 from workers.answer import frames, whole_trace
+from workers.decoding.registry import BASELINE, FORKING, forks
 from workers.engine import Engine
 from workers.http import ClosingStream, while_connected
 from workers.metrics import metrics_registry, render
@@ -60,9 +61,17 @@ class Worker:
 
 
 def served_names(name: str, methods: list[str], aliases: list[str]) -> dict[str, str]:
-    """Served names → methods: the model's name (or each alias), with the method as a suffix unless it is vanilla."""
-    suffix = {method: "" if method == "vanilla" else f"-{method}" for method in methods}
-    return {alias + suffix[method]: method for alias in aliases or [name] for method in methods}
+    """Served names → methods: the model's name (or each alias), with the method as a suffix unless it is vanilla.
+
+    A name that ends in ``-apar`` stands for the method of that name, and ``<name>+medusa`` for ``apar+medusa``.
+    """
+
+    def served(alias: str, method: str) -> str:
+        if alias.endswith(f"-{FORKING}") and forks(method):
+            return alias + method.removeprefix(FORKING)
+        return alias if method == BASELINE and not alias.endswith(f"-{FORKING}") else f"{alias}-{method}"
+
+    return {served(alias, method): method for alias in aliases or [name] for method in methods}
 
 
 def create_app(worker: Worker, background: Callable[[], Any] | None = None) -> FastAPI:

