@@ -51,7 +51,7 @@ class LocalStream:
         from workers.model.checkpoint import ModelLoadError
 
         disable_progress_bar()
-        method = {"method": options.method} if options.method else {}
+        method: dict[str, Any] = {"method": options.method} if options.method else {}
         try:
             self._engine: Any = Engine.load(options.model, **method)
         except ModelLoadError as error:

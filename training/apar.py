@@ -85,7 +85,7 @@ def train_forking(
     def loss_of(step: int) -> torch.Tensor:
         draws = np.random.default_rng([seed, step])
         drawn = [
-            kind[draws.integers(len(kind))]
+            kind[int(draws.integers(len(kind)))]
             for kind in ([forking, plain] * trees if plain else [forking] * trees)[:trees]
         ]
         mine = drawn[accelerator.process_index :: accelerator.num_processes]
@@ -152,10 +152,10 @@ def main(
     dtype = torch.bfloat16 if has_fast_bfloat16(device) and not full else torch.float32
     checkpoint = load_checkpoint(model_path, dtype=dtype, device=device)
     added = add_tokens(checkpoint.model, checkpoint.tokenizer, list(NAMES[0]))
-    control = ControlTokens(*added.values())
+    control = ControlTokens(fork=added[NAMES[0][0]], child=added[NAMES[0][1]])
     forking = encoded(read_trees(data / "apar.json"), checkpoint, control, longest)
     plain = encoded(read_plain(data / "unstructured.json"), checkpoint, control, longest)
-    model = checkpoint.model if full else with_lora(checkpoint.model, list(added.values()), rank)
+    model: Any = checkpoint.model if full else with_lora(checkpoint.model, list(added.values()), rank)
     losses = train_forking(
         model,
         forking,

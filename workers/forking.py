@@ -28,11 +28,10 @@ class ControlTokens:
 
 def find_control_tokens(tokenizer: Any, vocabulary: int) -> ControlTokens | None:
     """The control tokens of a tokenizer, if it has both and the model has rows for them."""
-    known = getattr(tokenizer, "get_added_vocab", dict)()
-    for names in NAMES:
-        ids = [known[name] for name in names if name in known]
-        if len(ids) == len(names) and max(ids) < vocabulary:
-            return ControlTokens(*ids, published=names == PUBLISHED)
+    known: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+    for fork, child in NAMES:
+        if fork in known and child in known and max(known[fork], known[child]) < vocabulary:
+            return ControlTokens(known[fork], known[child], published=(fork, child) == PUBLISHED)
     return None
 
 

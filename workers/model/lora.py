@@ -13,14 +13,14 @@ ADDED_TOKENS = "added_tokens.json"  # token → id, as transformers' tokenizers 
 def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> dict[str, int]:
     """Give a model new tokens; their rows begin as the mean of all others. Returns their ids."""
     tokenizer.add_tokens(tokens)
-    ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
+    ids = [tokenizer.get_added_vocab()[token] for token in tokens]
     sized: Any = model
-    old = model.get_input_embeddings().weight.shape[0]
+    old = sized.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > old:
         sized.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-            embeddings.weight[ids] = embeddings.weight[:old].mean(0)
+        for table in (sized.get_input_embeddings().weight, sized.get_output_embeddings().weight):
+            table[ids] = table[:old].mean(0)
     return dict(zip(tokens, ids, strict=True))
 
 
@@ -37,7 +37,7 @@ def merge_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
         known = add_tokens(model, tokenizer, sorted(added, key=added.__getitem__)) if added else {}
         if known != added:
             raise ValueError(f"its tokens are {added}, here they are {known}")
-        merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()  # type: ignore[arg-type]
+        merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except Exception as error:  # peft raises whatever its parts raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot merge the adapter {folder}: {line}") from error
