@@ -51,6 +51,7 @@ Result = TypeVar("Result")
 
 DEFAULT_REQUESTS = 16
 DEFAULT_QUEUE = 256
+PUBLISHED_FAMILY = "vicuna"  # APAR's checkpoints are vicunas, which their name (apar-7b) does not tell FastChat
 UNTRACED = ("banned", "banned_after", "processor")  # of a request's sampling
 
 
@@ -112,7 +113,8 @@ class Engine:
             self.adapters = load_adapters(paths, checkpoint.model)
             decoders = {name: make_method(name, self.adapters) for name in self.methods}
             self.control = self._control_tokens(checkpoint)
-            self.renderer = PromptRenderer(checkpoint.tokenizer, checkpoint.name, conv_template)
+            named = PUBLISHED_FAMILY if self.control and self.control.published else checkpoint.name
+            self.renderer = PromptRenderer(checkpoint.tokenizer, named, conv_template)
         except (UnknownMethod, BadAdapter, ValueError) as error:
             raise ModelLoadError(str(error)) from error
         self.name = checkpoint.name

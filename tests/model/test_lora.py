@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from protocol.generation import ChatMessage
+from tests.decoding.test_medusa import random_heads, write
 from tests.support.families import tiny_model
 from tests.support.tiny import save_tiny
 from tests.support.tokenizers import byte_tokenizer
 from training.apar import with_lora
 from workers.engine import Engine
+from workers.forking import ControlTokens
 from workers.model.checkpoint import ModelLoadError, load_checkpoint
 from workers.model.lora import ADDED_TOKENS, add_tokens
+from workers.service import served_names
 
 CPU = torch.device("cpu")
 NAMES = ["[Fork]", "[Child]"]
@@ -65,3 +69,22 @@ def test_an_adapter_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     with pytest.raises(ModelLoadError, match=r"^cannot merge the adapter .*nothing: "):
         Engine.load(str(folder), method="apar", adapters={"apar": tmp_path / "nothing"})
+
+
+def test_the_published_layout_is_served(tmp_path: Path) -> None:
+    """As THUDM/apar-7b: control tokens in added_tokens.json, no chat template, heads in a folder without base path."""
+    folder = tmp_path / "apar-7b"
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer = byte_tokenizer(None, added=["[SplitMask]", "[SplitSop]"])
+    tokenizer.save_pretrained(folder)
+    (folder / ADDED_TOKENS).write_text(json.dumps({"[SplitMask]": 263, "[SplitSop]": 264}))
+    write(folder / "medusa", "medusa_lm_head.pt", random_heads(2))
+    methods = ["apar", "apar+medusa"]
+    with Engine.load(str(folder), method=methods, kv_tokens=2048) as engine:
+        assert engine.control == ControlTokens(263, 264, published=True)
+        assert served_names(engine.name, methods, []) == {"apar-7b-apar": "apar", "apar-7b-apar+medusa": "apar+medusa"}
+        assert engine.renderer.render([ChatMessage(role="user", content="Hi")]).text.endswith("USER: Hi ASSISTANT:")
+        options = {"max_new_tokens": 12, "temperature": 0, "logit_bias": {263: 6.0}}
+        texts = ["".join(event.text for event in engine.generate("Hello", method=one, **options)) for one in methods]
+        assert texts[0] == texts[1]
+        assert "\n\n" in texts[0]
