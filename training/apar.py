@@ -20,13 +20,14 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from protocol.generation import ChatMessage
-from training.answers import answers_of
+from training.answers import Answer, answers_of
 from training.apar_data import Sample, read_chats, read_plain, read_trees, sorted_out, write_data
 from training.loop import Schedule, train
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.pictures import bar_picture, loss_curve
 from training.precision import has_fast_bfloat16
 from training.prompts import benchmarks_of, load_prompts
+from training.provenance import provenance
 from training.structure import whole_part
 from workers.forking import NAMES, ControlTokens
 from workers.model.checkpoint import Checkpoint, load_checkpoint
@@ -171,6 +172,9 @@ def main(
         checkpoint.tokenizer.save_pretrained(out)
     (out / ADDED_TOKENS).write_text(json.dumps(added))
     loss_curve(losses, out / "loss.png")
+    learned = [Answer(checkpoint.name, longest, list(tree.prompt), tree.tokens, "") for tree in [*forking, *plain]]
+    origin = provenance("training.apar", options, data / "apar.json", learned)
+    (out / "provenance.json").write_text(json.dumps(origin, indent=1))
 
 
 @app.command("prepare")

@@ -7,6 +7,7 @@ give the same losses, but a prefix that n paths share is computed once instead o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class ParagraphTree:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.root) + sum(map(len, self.children))
+
+    @property
+    def tokens(self) -> list[int]:
+        """All threads' own tokens."""
+        return [*self.root, *chain.from_iterable(self.children)]
 
     @property
     def forks(self) -> list[int]:
