@@ -24,7 +24,7 @@ from training.cut_conversations import cut_conversations
 from training.examples import HELD_OUT
 from training.loop import Schedule, train
 from training.pictures import loss_curve
-from training.precision import has_fast_bfloat16
+from training.precision import product_dtype
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
 from training.prompt_rows import prompt_states, read_texts
 from training.prompts import benchmarks_of, load_prompts
@@ -81,8 +81,7 @@ def main(
         chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
         answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
-    dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    checkpoint = load_checkpoint(model_path, dtype=dtype, device=device)
+    checkpoint = load_checkpoint(model_path, dtype=product_dtype(device), device=device)
     if conversations:
         kept = cache / "cut_answers.jsonl"
         answered = cut_conversations(
