@@ -22,7 +22,7 @@ from training.head_accuracy import accuracies, write_measures
 from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule, train
 from training.pictures import loss_curve
-from training.precision import fast_products, has_fast_bfloat16
+from training.precision import fast_products, product_dtype
 from training.prompts import benchmarks_of, load_prompts
 from training.provenance import provenance
 from training.vocabulary_loss import vocabulary_loss
@@ -115,7 +115,7 @@ def train_heads(
     shared = projection if token_ids is None else projection[token_ids]
     made = MedusaHeads.blank(heads, layers, shared, token_ids, embeddings).to(accelerator.device)
     examples = examples_of(states, token_ids, kept=~is_held_out(states))
-    dtype = torch.bfloat16 if has_fast_bfloat16(accelerator.device) else torch.float32
+    dtype = product_dtype(accelerator.device)
     rows = made.projection.to(dtype)
 
     def loss_of(step: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from training.cut_conversations import cut_conversations
 from training.examples import HELD_OUT
 from training.loop import Schedule, train
 from training.pictures import loss_curve
-from training.precision import has_fast_bfloat16
+from training.precision import product_dtype
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
 from training.prompt_rows import prompt_states, read_texts
 from training.prompts import benchmarks_of, load_prompts
@@ -60,10 +60,10 @@ def main(
     special: Annotated[int, typer.Option(min=1, help="S, tokens ahead that are guessed")] = 3,
     virtual: Annotated[int, typer.Option(min=1, help="v, rows for each of them")] = 1,
     attention: Annotated[str, typer.Option(help=", ".join(ATTENTIONS))] = "ensemble",
-    steps: int = 600,
-    texts: Annotated[int, typer.Option(min=1, help="answers a step")] = 4,
+    steps: int = 2000,
+    texts: Annotated[int, typer.Option(min=1, help="answers a step")] = 2,
     places: Annotated[int, typer.Option(min=1, help="places of an answer that a step learns from")] = 48,
-    learning_rate: float = 1e-2,
+    learning_rate: float = 0.04,
     cache: Annotated[Path, typer.Option(help="answers and checkpoints")] = Path("runs/training"),
     resume: Annotated[bool, typer.Option("--resume", help="go on with a training that was killed")] = False,
     seed: int = 0,
@@ -81,8 +81,7 @@ def main(
         chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
         answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
     device = find_device(None)
-    dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-    checkpoint = load_checkpoint(model_path, dtype=dtype, device=device)
+    checkpoint = load_checkpoint(model_path, dtype=product_dtype(device), device=device)
     if conversations:
         kept = cache / "cut_answers.jsonl"
         answered = cut_conversations(

@@ -8,6 +8,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """In what a device multiplies best."""
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
 def fast_products(device: torch.device) -> torch.autocast:
     """A context in which linear layers multiply in bfloat16 where that pays."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))

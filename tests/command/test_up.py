@@ -21,7 +21,7 @@ def test_the_demo_is_packaged_and_complete() -> None:
     demo = load_deployment("demo")
     assert (demo.controller.port, demo.page.port) == (21001, 7860)
     (worker,) = demo.workers
-    assert (worker.model, worker.methods) == ("smollm2-135m", ["vanilla", "ngram", "lookahead", "medusa"])
+    assert (worker.model, worker.methods) == ("smollm2-135m", ["vanilla", "ngram", "lookahead", "medusa", "ppd"])
 
 
 @pytest.mark.parametrize(

