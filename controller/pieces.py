@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from controller.upstream import Answer
 from protocol.errors import ErrorCode, RequestError
-from protocol.generation import FinishReason, Logprobs, StreamFrame, ThreadDelta, Usage, parse_frame
+from protocol.generation import FinishReason, Logprobs, StreamFrame, ThreadDelta, Usage, joined, parse_frame
 from protocol.trace import StepTrace, TraceHeader, TraceSummary
 from protocol.wire import parse_object
 
@@ -39,25 +39,11 @@ class Piece:
         if later.trace is not None:
             self.trace = (self.trace or []) + later.trace
         if later.threads is not None:
-            self.threads = _joined((self.threads or []) + later.threads)
+            self.threads = joined((self.threads or []) + later.threads)
         self.finish_reason = later.finish_reason or self.finish_reason
         self.usage = later.usage or self.usage
         self.trace_header = self.trace_header or later.trace_header
         self.trace_summary = later.trace_summary or self.trace_summary
-
-
-def _joined(deltas: list[ThreadDelta]) -> list[ThreadDelta]:
-    """One entry a thread, in order of appearance."""
-    threads: dict[int, ThreadDelta] = {}
-    for delta in deltas:
-        thread = threads.get(delta.thread)
-        if thread is None:
-            threads[delta.thread] = delta.model_copy(update={"token_ids": list(delta.token_ids)})
-            continue
-        thread.text += delta.text
-        thread.token_ids += delta.token_ids
-        thread.finish_reason = delta.finish_reason or thread.finish_reason
-    return list(threads.values())
 
 
 async def pieces(answer: Answer) -> AsyncIterator[Piece]:

@@ -5,11 +5,13 @@ with more keys. FastChat's own clients and workers ignore what they do not know.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, field_validator, model_validator
 
 from protocol.errors import ErrorCode, RequestError
+from protocol.reading_order import Whitespace
 from protocol.trace import StepTrace, TraceHeader, TraceSummary
 from protocol.wire import Wire, parse_object
 
@@ -100,6 +102,7 @@ class SamplingFields(Wire):
     max_depth: Annotated[int | None, Field(gt=0)] = None  # APAR: of a thread; the first one's is 1, and 1 forbids forks
     max_children: Annotated[int | None, Field(ge=0)] = None  # APAR: of a thread
     max_total_tokens: Annotated[int | None, Field(gt=0)] = None  # of all threads together: a safety stop
+    whitespace: Whitespace | None = None  # APAR: between the texts of threads; None: as the model learned it
 
     @field_validator("stop")
     @classmethod
@@ -159,7 +162,27 @@ class ThreadDelta(Wire):
     parent: int | None = None
     text: str = ""
     token_ids: list[int] = []
+    token_logprobs: list[float] | None = None  # where the request asks for logprobs
     finish_reason: str | None = None
+
+    def extend(self, later: "ThreadDelta") -> None:
+        """Append what the same thread said later."""
+        self.text += later.text
+        self.token_ids = self.token_ids + later.token_ids
+        if later.token_logprobs is not None:
+            self.token_logprobs = (self.token_logprobs or []) + later.token_logprobs
+        self.finish_reason = later.finish_reason or self.finish_reason
+
+
+def joined(deltas: Iterable[ThreadDelta]) -> list[ThreadDelta]:
+    """One entry a thread, in order of appearance."""
+    threads: dict[int, ThreadDelta] = {}
+    for delta in deltas:
+        if delta.thread in threads:
+            threads[delta.thread].extend(delta)
+        else:
+            threads[delta.thread] = delta.model_copy()
+    return list(threads.values())
 
 
 class StreamFrame(Wire):

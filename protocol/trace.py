@@ -21,6 +21,7 @@ class ThreadStep(Wire):
     token_ids: list[int] = []
     text: str = ""
     finish_reason: str | None = None
+    token_logprobs: list[float] | None = None  # of token_ids, where the request asks for logprobs
     draft_token_ids: list[int] | None = None  # only with trace: "full"
 
 

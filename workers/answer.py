@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from transformers import PreTrainedTokenizerBase
 
 from protocol.errors import RequestError
-from protocol.generation import GenerateParams, Logprobs, StreamFrame, ThreadDelta, Usage, error_frame
+from protocol.generation import GenerateParams, Logprobs, StreamFrame, ThreadDelta, Usage, error_frame, joined
 from protocol.trace import RequestTrace, StepTrace
 from workers.engine import Engine
 from workers.model.sampling import TokenLogprobs
@@ -184,11 +184,15 @@ def _usage(event: Event) -> Usage:
 
 def _thread_deltas(steps: list[StepTrace]) -> list[ThreadDelta]:
     """What the steps added to each thread."""
-    deltas: dict[int, ThreadDelta] = {}
-    for step in steps:
-        for thread in step.threads:
-            delta = deltas.setdefault(thread.thread, ThreadDelta(thread=thread.thread, parent=thread.parent))
-            delta.text += thread.text
-            delta.token_ids += thread.token_ids
-            delta.finish_reason = thread.finish_reason
-    return list(deltas.values())
+    return joined(
+        ThreadDelta(
+            thread=thread.thread,
+            parent=thread.parent,
+            text=thread.text,
+            token_ids=thread.token_ids,
+            token_logprobs=thread.token_logprobs,
+            finish_reason=thread.finish_reason,
+        )
+        for step in steps
+        for thread in step.threads
+    )

@@ -261,10 +261,11 @@ class EngineCore:
             if turn.thread.finished:  # the text ended before it in this very step
                 continue
             tokens, text = turn.thread.accept(taken.token_ids)
-            request.reading.push(turn.thread.number, text, self._token_reports(request, step, index)[: len(tokens)])
+            reports = self._token_reports(request, step, index)[: len(tokens)]
+            request.reading.push(turn.thread.number, text, _readable_reports(reports, request.spec.fork))
             self._branch(turn.thread)
             accepted = taken.rows[: len(tokens)]
-            thread_steps.append(_thread_step(turn.thread, step.trees[index], accepted, tokens, text))
+            thread_steps.append(_thread_step(turn.thread, step.trees[index], accepted, tokens, text, reports))
             outcomes.append((turn.thread, self._outcome(step, index, accepted, tokens)))
         width = sum(step.turns[index].rows + len(step.trees[index]) for index in mine)
         if thread_steps:
@@ -407,7 +408,14 @@ def _between(step_rows: Sequence[int], start: int, stop: int) -> range:
     return range(bisect_left(step_rows, start), bisect_left(step_rows, stop))
 
 
-def _thread_step(thread: Thread, tree: TokenTree, rows: list[int], tokens: list[int], text: str) -> ThreadStep:
+def _readable_reports(reports: list[TokenReport], fork: int | None) -> list[TokenReport]:
+    """Those of tokens that have a text."""
+    return [report for report in reports if report.token != fork]
+
+
+def _thread_step(
+    thread: Thread, tree: TokenTree, rows: list[int], tokens: list[int], text: str, reports: list[TokenReport]
+) -> ThreadStep:
     full = thread.request.spec.trace == "full"
     return ThreadStep(
         thread=thread.number,
@@ -417,5 +425,6 @@ def _thread_step(thread: Thread, tree: TokenTree, rows: list[int], tokens: list[
         token_ids=tokens,
         text=text,
         finish_reason=thread.finish_reason,
+        token_logprobs=[report.logprobs.logprob for report in reports if report.logprobs] or None,
         draft_token_ids=[tree.token_ids[row] for row in candidate_rows(tree)] if full else None,
     )

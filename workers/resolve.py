@@ -75,7 +75,7 @@ def resolve(
         max_threads=params.max_threads or DEFAULT_MAX_THREADS,
         max_total_tokens=params.max_total_tokens,
         forking=_forking(params, limits.control, method),
-        whitespace=limits.whitespace,
+        whitespace=params.whitespace or limits.whitespace,
     )
 
 

@@ -278,3 +278,22 @@ def test_sampled_threads_are_the_same_whatever_runs_beside_them(forking_engine: 
     assert len(alone[1]) > 2
     for method in METHODS:
         assert ask(forking_engine, method=method, max_threads=2, **options) == alone
+
+
+def test_logprobs_are_told_by_thread_and_in_reading_order(forking_engine: Engine) -> None:
+    options: dict[str, Any] = {"method": "apar", "temperature": 0, "max_new_tokens": 30, "logit_bias": {FORK: 6.0}}
+    events = list(forking_engine.generate(PROMPT, logprobs=0, trace=True, **options))
+    steps = [thread for event in events for thread in (event.step.threads if event.step else [])]
+    paths = paths_of(threads_of(events), forking_engine.renderer.encode(PROMPT).token_ids)
+    assert len(paths) > 2
+    assert all(len(step.token_logprobs or []) == len(step.token_ids) for step in steps)
+    assert [report.token for event in events for report in event.tokens] == in_reading_order(paths)
+
+
+def test_the_published_whitespace_is_an_option(forking_engine: Engine) -> None:
+    options: dict[str, Any] = {"method": "apar", "temperature": 0, "max_new_tokens": 30, "logit_bias": {FORK: 6.0}}
+    plain, published = (
+        "".join(event.text for event in forking_engine.generate(PROMPT, whitespace=whitespace, **options))
+        for whitespace in ("plain", "published")
+    )
+    assert published.count("\n\n") > plain.count("\n\n")
