@@ -1,32 +1,39 @@
 """``python -m benchmarks.forking``: what threads bring on a model that was trained to fork (APAR, Liu et al. 2024).
 
-Every question is answered by each setting in turn, alone: with threads, with threads and drafts, with one thread at a
-time (the same text), and with forks banned. Printed by category: how many answers fork, tokens a step, speed. Answers
-are kept (``--out``), so that an interrupted run goes on; ``benchmarks.forking_quality`` reads them.
+First turns are answered by threads, with and without drafts in them. Printed by category: how many answers fork, tokens
+a step, the most keys and values held at a time beside those of the same text decoded in order. With ``--clock`` each
+question is also answered by one thread at a time (the same text) and with forks banned, one request after another, and
+speeds are printed. Answers are kept (``--out``), so that an interrupted run goes on; ``benchmarks.forking_quality``
+reads them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
 import typer
+from transformers.utils import logging as transformers_logging
 
-from traces.datasets import Question, load_datasets
+from traces.datasets import Dataset, Question, load_datasets
 from training.kept import Kept
+from workers.decoding.registry import BASELINE
 from workers.engine import Engine
 from workers.warm_up import WarmUp
 
-ONE_THREAD, BANNED = "one thread", "vanilla"
+ONE_THREAD = "one thread"
+TOGETHER = 8  # requests, where no clock runs
 KV_TOKENS = 32768
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One question's answer by one setting.
+    """A first turn's answer by one setting.
 
     Attributes:
+        alone: whether nothing else ran beside it; otherwise ``seconds`` say nothing.
         threads: how many it had; 1 did not fork.
         kv_peak: most distinct rows of KV at a time; the same text decoded in order needs prompt and tokens.
     """
@@ -35,6 +42,7 @@ class Answered:
     category: str
     question: str
     setting: str
+    alone: bool
     seconds: float
     steps: int
     tokens: int
@@ -44,8 +52,8 @@ class Answered:
     text: str
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.dataset, self.question, self.setting
+    def key(self) -> tuple[str, str, str, bool]:
+        return self.dataset, self.question, self.setting, self.alone
 
 
 def main(
@@ -54,99 +62,114 @@ def main(
     methods: Annotated[str, typer.Option(help="separated by commas")] = "apar,apar+medusa",
     datasets: Annotated[str, typer.Option(help="names or JSONL files, separated by commas")] = "vicuna_bench,mt_bench",
     per_category: Annotated[int | None, typer.Option(min=1, help="questions; by default all")] = None,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="of a thread's path")] = 512,
+    clock: Annotated[bool, typer.Option("--clock", help="alone, beside one thread at a time and no fork")] = False,
 ) -> None:
     """Answer first turns, greedy, and print a table a data set."""
+    transformers_logging.disable_progress_bar()
     asked = [dataset.sample(per_category) for dataset in load_datasets(datasets.split(","))]
     names = methods.split(",")
     settings: dict[str, dict[str, Any]] = {name: {"method": name} for name in names}
-    settings |= {ONE_THREAD: {"method": names[0], "max_threads": 1}, BANNED: {"method": "vanilla"}}
+    if clock:
+        settings |= {ONE_THREAD: {"method": names[0], "max_threads": 1}, BASELINE: {"method": BASELINE}}
     kept = Kept(out, Answered)
     with Engine.load(model_path, method=names, kv_tokens=KV_TOKENS) as engine:
         WarmUp(engine, model_path).wait()
-        for dataset in asked:
-            for place, question in enumerate(dataset.questions):
-                _answer_all(engine, dataset.name, question, place, settings, new_tokens, kept)
+
+        def answer(dataset: Dataset, place: int) -> None:
+            for name in [*settings][place % len(settings) :] + [*settings][: place % len(settings)]:
+                key = (dataset.name, str(dataset.questions[place].question_id), name, clock)
+                if key not in kept.found:
+                    options = {"max_new_tokens": new_tokens, **settings[name]}
+                    kept.add(_answered(engine, dataset.name, dataset.questions[place], name, clock, options))
+
+        with ThreadPoolExecutor(1 if clock else TOGETHER) as pool:
+            for dataset in asked:
+                list(pool.map(lambda place, dataset=dataset: answer(dataset, place), range(len(dataset.questions))))
     for dataset in asked:
-        found = [kept.found[dataset.name, str(one.question_id), name] for one in dataset.questions for name in settings]
-        for line in table(found, names):
+        keys = [(dataset.name, str(one.question_id), name, clock) for one in dataset.questions for name in settings]
+        found = [kept.found[key] for key in keys]
+        for line in [*table(found, names), *equalities(found, names)]:
             print(line)
 
 
-def _answer_all(
-    engine: Engine,
-    dataset: str,
-    question: Question,
-    place: int,
-    settings: dict[str, dict[str, Any]],
-    new_tokens: int,
-    kept: Kept[Answered],
-) -> None:
-    """All settings of a question, unless all are known; where they start changes with ``place``."""
-    names = [*settings][place % len(settings) :] + [*settings][: place % len(settings)]
-    if all((dataset, str(question.question_id), name) in kept.found for name in names):
-        return
-    for name in names:
-        messages = [{"role": "user", "content": question.turns[0]}]
-        started = perf_counter()
-        events = list(engine.generate(messages, temperature=0, max_new_tokens=new_tokens, **settings[name]))
-        seconds = perf_counter() - started
-        summary = events[-1].summary
-        assert summary is not None, "it comes with the last event"
-        steps = [event.step for event in events if event.step]
-        kept.add(
-            Answered(
-                dataset,
-                question.category,
-                str(question.question_id),
-                name,
-                seconds,
-                summary.steps,
-                summary.tokens,
-                len({thread.thread for step in steps for thread in step.threads}),
-                summary.kv_peak_tokens,
-                events[-1].prompt_tokens,
-                "".join(event.text for event in events),
-            )
-        )
+def _answered(
+    engine: Engine, dataset: str, question: Question, setting: str, alone: bool, options: dict[str, Any]
+) -> Answered:
+    messages = [{"role": "user", "content": question.turns[0]}]
+    started = perf_counter()
+    events = list(engine.generate(messages, temperature=0, **options))
+    seconds = perf_counter() - started
+    summary = events[-1].summary
+    assert summary is not None, "it comes with the last event"
+    return Answered(
+        dataset,
+        question.category,
+        str(question.question_id),
+        setting,
+        alone,
+        seconds,
+        summary.steps,
+        summary.tokens,
+        len({thread.thread for event in events if event.step for thread in event.step.threads}),
+        summary.kv_peak_tokens,
+        events[-1].prompt_tokens,
+        "".join(event.text for event in events),
+    )
 
 
-def table(answers: Sequence[Answered], methods: Sequence[str]) -> Iterable[str]:
-    """A line a category: how many fork; for each method tokens a step, over all and where it forks, and speeds.
+def table(answers: Sequence[Answered], methods: Sequence[str]) -> Iterator[str]:
+    """A line a category: how many fork; for each method tokens a step, over all and where it forks; KV; speeds.
 
-    Speeds are times over those of one thread at a time, and tokens a second over vanilla's.
+    Speeds, where all was answered alone: times of one thread at a time over the method's, and tokens a second over
+    those of vanilla decoding.
     """
-    columns = " | ".join(f"{name} | where it forks | beside one thread | beside vanilla" for name in methods)
-    yield f"| data set | category | questions | fork | {columns} | KV peak |"
-    yield "|---|---|---:|---:|" + "---:|" * (4 * len(methods) + 1)
-    for category in [*dict.fromkeys(answer.category for answer in answers), "**all**"]:
-        mine = [answer for answer in answers if category in (answer.category, "**all**")]
-        yield _line(category, mine, methods)
+    columns = [column for name in methods for column in (name, "where it forks")] + ["KV peak where it forks"]
+    if timed := any(answer.setting == BASELINE for answer in answers):
+        columns += [f"{name} {beside}" for name in methods for beside in ("/ one thread", "/ vanilla")]
+    yield f"| data set | category | questions | fork | {' | '.join(columns)} |"
+    yield "|---|---|---:|---:|" + "---:|" * len(columns)
+    for category in [*dict.fromkeys(answer.category for answer in answers), None]:
+        mine = [answer for answer in answers if category in (answer.category, None)]
+        questions = {answer.question for answer in mine}
+        forked = {answer.question for answer in mine if answer.setting == methods[0] and answer.threads > 1}
+        cells = [*_counts(mine, methods, forked), *(_speeds(mine, methods) if timed else [])]
+        name = category or "**all**"
+        yield f"| {mine[0].dataset} | {name} | {len(questions)} | {len(forked)} | {' | '.join(cells)} |"
 
 
-def _line(category: str, answers: Sequence[Answered], methods: Sequence[str]) -> str:
-    by = {name: [answer for answer in answers if answer.setting == name] for name in (*methods, ONE_THREAD, BANNED)}
-    first = by[methods[0]]
-    forked = {answer.question for answer in first if answer.threads > 1}
-    plain = _ratio(by[BANNED], lambda one: one.tokens, lambda one: one.seconds)
-    cells = []
+def equalities(answers: Sequence[Answered], methods: Sequence[str]) -> Iterator[str]:
+    """How many answers are the same by every method."""
+    first, *others = ({one.question: one.text for one in answers if one.setting == name} for name in methods)
+    for name, texts in zip(methods[1:], others, strict=True):
+        equal = sum(text == first[question] for question, text in texts.items())
+        yield f"{equal} of {len(first)} answers of {name} are those of {methods[0]}"
+
+
+def _counts(answers: Sequence[Answered], methods: Sequence[str], forked: set[str]) -> Iterator[str]:
     for name in methods:
-        threads = [answer for answer in by[name] if answer.question in forked]
-        cells += [
-            f"{_ratio(by[name], lambda one: one.tokens, lambda one: one.steps):.2f}",
-            f"{_ratio(threads, lambda one: one.tokens, lambda one: one.steps):.2f}" if threads else "",
-            f"{sum(one.seconds for one in by[ONE_THREAD]) / sum(one.seconds for one in by[name]):.2f}x",
-            f"{_ratio(by[name], lambda one: one.tokens, lambda one: one.seconds) / plain:.2f}x",
-        ]
-    wide = [answer for answer in first if answer.question in forked]
-    peak = f"{_ratio(wide, lambda one: one.kv_peak, lambda one: one.prompt_tokens + one.tokens):.0%}" if wide else ""
-    share = f"{len(forked)} of {len(first)}"
-    return f"| {first[0].dataset} | {category} | {len(first)} | {share} | {' | '.join(cells)} | {peak} |"
+        mine = [answer for answer in answers if answer.setting == name]
+        yield _ratio(mine, lambda one: one.tokens, lambda one: one.steps)
+        yield _ratio([one for one in mine if one.question in forked], lambda one: one.tokens, lambda one: one.steps)
+    first = [answer for answer in answers if answer.setting == methods[0] and answer.question in forked]
+    yield _ratio(first, lambda one: one.kv_peak, lambda one: one.prompt_tokens + one.tokens)
 
 
-def _ratio(answers: Sequence[Answered], over: Callable[[Answered], float], under: Callable[[Answered], float]) -> float:
+def _speeds(answers: Sequence[Answered], methods: Sequence[str]) -> Iterator[str]:
+    def seconds(setting: str) -> float:
+        return sum(answer.seconds for answer in answers if answer.setting == setting)
+
+    def pace(setting: str) -> float:
+        return sum(answer.tokens for answer in answers if answer.setting == setting) / seconds(setting)
+
+    for name in methods:
+        yield f"{seconds(ONE_THREAD) / seconds(name):.2f}x"
+        yield f"{pace(name) / pace(BASELINE):.2f}x"
+
+
+def _ratio(answers: Sequence[Answered], over: Callable[[Answered], int], under: Callable[[Answered], int]) -> str:
     """Of sums."""
-    return sum(map(over, answers)) / sum(map(under, answers))
+    return f"{sum(map(over, answers)) / sum(map(under, answers)):.2f}" if answers else ""
 
 
 if __name__ == "__main__":

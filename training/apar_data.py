@@ -15,6 +15,7 @@ from training.cut_conversations import messages_of, read_entries
 from training.structure import Structured, is_unstructured, structure
 
 FORK, CHILD = "[SplitMask]", "[SplitSop]"  # in files, whatever a model calls them
+_NUMBERED = re.compile(r"\s*\d+\.\s+[^\n:]+:")
 GRAM = 6  # words
 MOST_REPEATED = 0.15  # of an answer's word sequences
 
@@ -49,6 +50,12 @@ def is_repetitive(answer: Structured) -> bool:
     """Whether a heading occurs twice, or the answer says the same again and again."""
     headings = [heading_of(piece) for piece in answer.pieces[:-1]]
     return len(set(headings)) < len(headings) or repetition(answer.text) > MOST_REPEATED
+
+
+def repeated_headings(text: str) -> int:
+    """How many titles of numbered items stand in ``text`` for the second time or more."""
+    titles = [heading_of(line.partition(":")[0]) for line in text.splitlines() if _NUMBERED.match(line)]
+    return len(titles) - len(set(titles))
 
 
 def heading_of(piece: str) -> str:
