@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from threading import Event as Flag
 from typing import Any
 
@@ -19,21 +18,14 @@ from protocol.trace import RequestTrace
 from tests.decoding.test_medusa import heads_for
 from tests.decoding.test_ppd import written
 from tests.support.serving import wait_until
-from tests.support.tiny import tiny_checkpoint
-from tests.support.tokenizers import byte_tokenizer
+from tests.support.tiny import CHILD, FORK, forking_checkpoint
 from workers.engine import Engine
-from workers.model.checkpoint import Checkpoint
 from workers.model.pages import PAGE_ROWS
 from workers.request import Event
 
-FORK, CHILD, EOS = 263, 264, 2
+EOS = 2
 METHODS = ("apar", "apar+ngram", "apar+lookahead", "apar+medusa", "apar+ppd", "apar+medusa+ngram")
 PROMPT = "Name some things."
-
-
-@cache
-def forking_checkpoint() -> Checkpoint:
-    return Checkpoint("tiny", tiny_checkpoint().model, byte_tokenizer(added=["[Fork]", "[Child]"]))
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +187,14 @@ def test_apars_own_trace_tells_the_tree_and_every_snapshot(forking_engine: Engin
 
     read = [token for span in spans(legacy.global_root[-1][0]) for token in span if token != FORK]  # at an answer's end
     assert read == in_reading_order(paths)
+
+
+def test_apars_own_rule_bans_forks_while_many_threads_live(forking_engine: Engine) -> None:
+    options: dict[str, Any] = {"method": "apar", "temperature": 0, "max_new_tokens": 60, "logit_bias": {FORK: 8.0}}
+    events = list(forking_engine.generate(PROMPT, max_live_threads=3, **options))
+    steps = [event.step.threads for event in events if event.step]
+    assert max(map(len, steps)) == 3
+    assert len(threads_of(events)) < len(ask(forking_engine, **options)[1])
 
 
 @pytest.mark.parametrize("max_threads", [2, 32])

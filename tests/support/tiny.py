@@ -17,6 +17,15 @@ def tiny_checkpoint(family: str = "llama", seed: int = 0) -> Checkpoint:
     return Checkpoint(f"tiny-{family}", tiny_model(family, seed), byte_tokenizer())
 
 
+FORK, CHILD = 263, 264  # of the forking checkpoint
+
+
+@cache
+def forking_checkpoint() -> Checkpoint:
+    """One whose tokenizer has control tokens; a bias on [Fork] makes it fork."""
+    return Checkpoint("tiny", tiny_checkpoint().model, byte_tokenizer(added=["[Fork]", "[Child]"]))
+
+
 def tiny_engine(family: str = "llama", **options: Any) -> Engine:
     """An engine with 4096 rows of KV unless told otherwise."""
     return Engine(lambda: tiny_checkpoint(family), **{"kv_tokens": 4096, **options})
