@@ -64,6 +64,13 @@ def with_lora(model: PreTrainedModel, tokens: Sequence[int], rank: int) -> Any:
     return get_peft_model(model, config)
 
 
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the trained parameters in 16 bits; they are merged in those of the model."""
+    for parameter in Trained(model).parameters():
+        parameter.data = parameter.data.half()
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
 def train_forking(
     model: Any,
     forking: Sequence[ParagraphTree],
@@ -167,9 +174,11 @@ def main(
         checkpoint=cache / f"apar-{checkpoint.name}.pt",
         resume=resume,
     )
-    model.save_pretrained(out, **({} if full else {"save_embedding_layers": False}))
     if full:
+        model.save_pretrained(out)
         checkpoint.tokenizer.save_pretrained(out)
+    else:
+        save_adapter(model, out)
     (out / ADDED_TOKENS).write_text(json.dumps(added))
     loss_curve(losses, out / "loss.png")
     learned = [Answer(checkpoint.name, longest, list(tree.prompt), tree.tokens, "") for tree in [*forking, *plain]]

@@ -162,11 +162,11 @@ def test_whatever_forks_every_thread_decodes_its_own_path(
         assert_greedy(path, 1 + len(place), bias=bias, max_depth=max_depth, max_children=max_children)
 
 
-def test_apars_own_trace_tells_the_tree_and_every_snapshot(forking_engine: Engine) -> None:
+@pytest.mark.parametrize("method", ["apar", "apar+medusa"])
+def test_apars_own_trace_tells_the_tree_and_every_snapshot(forking_engine: Engine, method: str) -> None:
     engine = forking_engine
-    events = list(
-        engine.generate(PROMPT, method="apar", temperature=0, max_new_tokens=40, trace="full", logit_bias={FORK: 6.0})
-    )
+    options: dict[str, Any] = {"method": method, "temperature": 0, "max_new_tokens": 40, "logit_bias": {FORK: 6.0}}
+    events = list(engine.generate(PROMPT, trace="full", **options))
     header, summary = events[0].header, events[-1].summary
     assert header and summary
     steps = [event.step for event in events if event.step]

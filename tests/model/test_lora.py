@@ -11,7 +11,7 @@ from tests.decoding.test_medusa import random_heads, write
 from tests.support.families import tiny_model
 from tests.support.tiny import save_tiny
 from tests.support.tokenizers import byte_tokenizer
-from training.apar import with_lora
+from training.apar import save_adapter, with_lora
 from workers.engine import Engine
 from workers.forking import ControlTokens
 from workers.model.checkpoint import ModelLoadError, load_checkpoint
@@ -31,11 +31,11 @@ def adapter(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     for parameter in trained.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    trained.save_pretrained(tmp_path / "apar", save_embedding_layers=False)
-    (tmp_path / "apar" / ADDED_TOKENS).write_text(json.dumps(added))
+            parameter.data = torch.normal(0, 0.2, parameter.shape).half().float()  # it is kept in 16 bits
     with torch.inference_mode():
         torch.save(trained(torch.arange(7, 30)[None]).logits, tmp_path / "logits.pt")
+    save_adapter(trained, tmp_path / "apar")
+    (tmp_path / "apar" / ADDED_TOKENS).write_text(json.dumps(added))
     return tmp_path / "apar"
 
 
