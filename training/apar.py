@@ -27,7 +27,7 @@ from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.pictures import bar_picture, loss_curve
 from training.precision import has_fast_bfloat16
 from training.prompts import benchmarks_of, load_prompts
-from training.provenance import provenance
+from training.provenance import named, provenance
 from training.structure import whole_part
 from workers.forking import NAMES, ControlTokens
 from workers.model.checkpoint import Checkpoint, load_checkpoint
@@ -38,6 +38,8 @@ from workers.prompts import PromptRenderer
 logger = logging.getLogger(__name__)
 
 SHOWN = {"model_path", "full", "rank", "longest", "steps", "trees", "learning_rate", "seed"}
+
+SOURCES = "sources.json"  # of prepared data
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -183,6 +185,7 @@ def main(
     loss_curve(losses, out / "loss.png")
     learned = [Answer(checkpoint.name, longest, list(tree.prompt), tree.tokens, "") for tree in [*forking, *plain]]
     origin = provenance("training.apar", options, data / "apar.json", learned)
+    origin["data"] = json.loads((data / SOURCES).read_text()) if (data / SOURCES).is_file() else None
     (out / "provenance.json").write_text(json.dumps(origin, indent=1))
 
 
@@ -214,6 +217,11 @@ def prepare(
     counts = Counter(len(sample.answer.details) for sample in structured)
     sizes = sorted(counts)
     bar_picture([0, *sizes], [len(unstructured), *(counts[size] for size in sizes)], "forks", out / "forks.png")
+    told = {
+        "files": [named(path) for path in [*(chats or []), *([prompts] if prompts else []), *(avoid or [])]],
+        "answers": {"all": len(found), "fork": len(structured), "must not": len(unstructured)},
+    }
+    (out / SOURCES).write_text(json.dumps(told, indent=1))
     logger.info("%d answers: %d fork, %d must not", len(found), len(structured), len(unstructured))
 
 

@@ -30,7 +30,7 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
         digest.update(json.dumps([answer.prompt, answer.answer]).encode())
     return {
         "command": " ".join([f"python -m {command}", *_words(options)]),
-        "prompts": {"file": prompts.name, "sha256": hashlib.sha256(prompts.read_bytes()).hexdigest()},
+        "prompts": named(prompts),
         "answers": {
             "count": len(learned),
             "tokens": sum(len(answer.answer) for answer in learned),
@@ -44,6 +44,11 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": f"{platform.machine()} {sys.platform}",
     }
+
+
+def named(file: Path) -> dict[str, str]:
+    """A file's name and digest."""
+    return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def _words(options: Mapping[str, Any]) -> Iterator[str]:

@@ -1,18 +1,24 @@
 """APAR: what forks, the published files, packed trees, and that training teaches a tiny model to fork."""
 
+import json
+import tempfile
 from pathlib import Path
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
 
 from tests.support.families import tiny_model
+from tests.support.tiny import save_tiny
 from tests.support.tokenizers import byte_tokenizer
-from training.apar import tree_loss
+from training.apar import app, tree_loss
 from training.apar_data import Sample, is_repetitive, read_trees, sorted_out, write_data
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.structure import Structured, structure
+from workers.engine import Engine
 from workers.forking import ControlTokens
 
 CONTROL = ControlTokens(263, 264)
@@ -55,8 +61,6 @@ pieces = st.lists(st.text(alphabet="ab \n", min_size=1, max_size=9), min_size=1,
 def test_published_files_are_read_as_they_were_written(texts: list[str], data: st.DataObject) -> None:
     details = data.draw(st.lists(st.text(min_size=1, max_size=9), min_size=len(texts) - 1, max_size=len(texts) - 1))
     sample = Sample("7", "question", Structured(tuple(texts), tuple(details)))
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         write_data([sample], [], Path(folder))
         assert read_trees(Path(folder) / "apar.json") == [sample]
@@ -93,3 +97,39 @@ def test_a_packed_tree_has_the_losses_of_its_paths() -> None:
     assert counted == int((batch.labels >= 0).sum())
     assert abs(float(ours) - theirs) < 1e-3 * theirs
     assert abs(float(tree_loss(model, trees())) - theirs / counted) < 1e-3
+
+
+def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tiny")
+    chats = tmp_path / "chats.jsonl"
+    answers = [LIST, "```x = 1```", "No structure."]
+    chats.write_text("".join(json.dumps({"prompt": "Name some.", "answer": answer}) + "\n" for answer in answers))
+    _run("prepare", "--chats", chats, "--out", tmp_path / "data")
+    assert (tmp_path / "data" / "forks.png").is_file()
+    options = [
+        "--data",
+        tmp_path / "data",
+        "--model-path",
+        model,
+        "--trees",
+        2,
+        "--rank",
+        2,
+        "--cache",
+        tmp_path / "cache",
+    ]
+    options += ["--steps", 3, "--trees", 2]
+    _run(*options, "--out", tmp_path / "apar")
+    _run(*options, "--out", tmp_path / "again", "--resume")  # nothing is left to do
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("apar", "again"))
+    assert {tensor.dtype for tensor in first.values()} == {torch.float16}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    origin = json.loads((tmp_path / "apar" / "provenance.json").read_text())
+    assert origin["data"]["answers"] == {"all": 3, "fork": 1, "must not": 1}
+    with Engine.load(str(model), method="apar", adapters={"apar": tmp_path / "apar"}, kv_tokens=512) as engine:
+        assert list(engine.generate("Hello", max_new_tokens=3))[-1].finish_reason
+
+
+def _run(*arguments: object) -> None:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert not result.exception, result.output
