@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.generation import ChatMessage
+from protocol.trace import ThreadStep
 from training.kept import Kept
+from workers.decoding.registry import BASELINE
 from workers.engine import Engine
+from workers.forking import ControlTokens
 from workers.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
@@ -19,22 +22,26 @@ logger = logging.getLogger(__name__)
 TOGETHER = 48  # conversations that are answered in common forward passes
 
 Messages = list[dict[str, str]]
-Key = tuple[str, int, tuple[int, ...]]  # model, new tokens, prompt
+Key = tuple[str, str, int, tuple[int, ...]]  # model, method, new tokens, prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer of at most ``new_tokens``: token ids of the rendered prompt and of the answer, and its text."""
+    """A greedy answer of at most ``new_tokens``: token ids of the rendered prompt and of the answer, and its text.
+
+    Where the method forks it is one thread's, and ``prompt`` the path on which it began.
+    """
 
     model: str
     new_tokens: int
     prompt: list[int]
     answer: list[int]
     text: str
+    method: str = BASELINE
 
     @property
     def key(self) -> Key:
-        return self.model, self.new_tokens, tuple(self.prompt)
+        return self.model, self.method, self.new_tokens, tuple(self.prompt)
 
 
 class AnswerFile:
@@ -45,22 +52,64 @@ class AnswerFile:
 
     def answer(self, engine: Engine, messages: Messages, new_tokens: int) -> Answer:
         """The answer to a conversation: known, or decoded now."""
+        return self.threads(engine, messages, new_tokens, BASELINE)[0]
+
+    def threads(self, engine: Engine, messages: Messages, new_tokens: int, method: str) -> list[Answer]:
+        """The answer's threads, the first one first."""
         prompt = engine.renderer.render([ChatMessage.model_validate(message) for message in messages]).token_ids
-        if known := self._kept.found.get((engine.name, new_tokens, tuple(prompt))):
+        if known := self._known(engine, (engine.name, method, new_tokens, tuple(prompt))):
             return known
-        tokens: list[int] = []
-        text = ""
-        for event in engine.generate(messages, method="vanilla", temperature=0, max_new_tokens=new_tokens):
-            text += event.text
-            if event.step:
-                tokens += event.step.threads[0].token_ids
-        answer = Answer(engine.name, new_tokens, prompt, tokens, text)
-        self._kept.add(answer)
-        return answer
+        events = engine.generate(messages, method=method, temperature=0, max_new_tokens=new_tokens)
+        steps = [thread for event in events if event.step for thread in event.step.threads]
+        paths = _paths(steps, prompt, engine.control)
+        threads = [
+            Answer(
+                engine.name,
+                new_tokens,
+                path,
+                [token for step in steps if step.thread == number for token in step.token_ids],
+                "".join(step.text for step in steps if step.thread == number),
+                method,
+            )
+            for number, path in sorted(paths.items())
+        ]
+        for thread in reversed(threads):  # the first one last: where it is known, the others are
+            self._kept.add(thread)
+        return threads
+
+    def _known(self, engine: Engine, key: Key) -> list[Answer]:
+        """A thread and those that it forked."""
+        found = self._kept.found.get(key)
+        threads = [found] if found else []
+        for path in _forked(found.prompt, found.answer, engine.control) if found else []:
+            threads += self._known(engine, (*key[:3], tuple(path)))
+        return threads
 
     def of(self, model: str) -> list[Answer]:
         """All known answers of a model."""
         return [answer for answer in self._kept.found.values() if answer.model == model]
+
+
+def _paths(steps: Sequence[ThreadStep], prompt: list[int], control: ControlTokens | None) -> dict[int, list[int]]:
+    """Thread → the path on which it began: a thread's k-th child began at its k-th fork."""
+    parents = {step.thread: step.parent for step in steps}
+    paths: dict[int, list[int]] = {}
+    for thread, parent in sorted(parents.items()):
+        if parent is None:
+            paths[thread] = prompt
+            continue
+        tokens = [token for step in steps if step.thread == parent for token in step.token_ids]
+        place = sum(above == parent for other, above in parents.items() if other < thread)
+        paths[thread] = _forked(paths[parent], tokens, control)[place]
+    return paths
+
+
+def _forked(prompt: list[int], tokens: list[int], control: ControlTokens | None) -> list[list[int]]:
+    """The paths on which a thread's children began."""
+    if control is None:
+        return []
+    forks = [place for place, token in enumerate(tokens) if token == control.fork]
+    return [[*prompt, *tokens[: place + 1], control.child] for place in forks]
 
 
 def answers(
@@ -68,28 +117,36 @@ def answers(
     prompts: Iterable[str],
     new_tokens: int,
     file: AnswerFile,
+    method: str = BASELINE,
     progress: Callable[[int], None] = lambda done: None,
-) -> Iterator[Answer]:
-    """Answers to single prompts, in their order; ``progress`` hears how many are there."""
+) -> Iterator[list[Answer]]:
+    """The threads of the answers to single prompts, in their order; ``progress`` hears how many are there."""
     with ThreadPoolExecutor(TOGETHER) as pool:
-        found = pool.map(lambda prompt: file.answer(engine, [{"role": "user", "content": prompt}], new_tokens), prompts)
-        for done, answer in enumerate(found, 1):
+        found = pool.map(
+            lambda prompt: file.threads(engine, [{"role": "user", "content": prompt}], new_tokens, method), prompts
+        )
+        for done, threads in enumerate(found, 1):
             progress(done)
-            yield answer
+            yield threads
 
 
-def own_answers(model_path: str, prompts: Sequence[str], new_tokens: int, path: Path) -> list[Answer]:
-    """A model's answers of more than one token; see :func:`answers_of`."""
-    return [answer for answer in answers_of(model_path, prompts, new_tokens, path) if len(answer.answer) > 1]
+def own_answers(
+    model_path: str, prompts: Sequence[str], new_tokens: int, path: Path, method: str = BASELINE
+) -> list[Answer]:
+    """All threads of more than one token; see :func:`answers_of`."""
+    found = answers_of(model_path, prompts, new_tokens, path, method)
+    return [answer for threads in found for answer in threads if len(answer.answer) > 1]
 
 
-def answers_of(model_path: str, prompts: Sequence[str], new_tokens: int, path: Path) -> list[Answer]:
-    """A model's answer to each prompt, with the engine that serves; those in the file ``path`` are known."""
-    with Engine.load(model_path, kv_tokens=65536, max_requests=64) as engine:
+def answers_of(
+    model_path: str, prompts: Sequence[str], new_tokens: int, path: Path, method: str = BASELINE
+) -> list[list[Answer]]:
+    """The threads of a model's answer to each prompt; those in the file ``path`` are known."""
+    with Engine.load(model_path, method=method, kv_tokens=65536, max_requests=64) as engine:
         WarmUp(engine, model_path, measure=False).wait()
 
         def progress(done: int) -> None:
             if done % 100 == 0:
                 logger.info("%d of %d prompts answered", done, len(prompts))
 
-        return list(answers(engine, prompts, new_tokens, AnswerFile(path), progress))
+        return list(answers(engine, prompts, new_tokens, AnswerFile(path), method, progress))

@@ -210,7 +210,7 @@ def prepare(
         answers = answers_of(model_path, chosen, new_tokens, cache / "answers.jsonl")
         found += [
             (f"own{number}", prompt, whole_part(answer.text, cut=len(answer.answer) == new_tokens))
-            for number, (prompt, answer) in enumerate(zip(chosen, answers, strict=True))
+            for number, (prompt, (answer,)) in enumerate(zip(chosen, answers, strict=True))
         ]
     structured, unstructured = sorted_out(found)
     write_data(structured, unstructured, out)

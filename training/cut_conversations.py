@@ -18,6 +18,7 @@ from protocol.generation import ChatMessage
 from training.answers import Answer
 from training.kept import Kept
 from training.prompts import Benchmarks
+from workers.decoding.registry import BASELINE
 from workers.model.checkpoint import Checkpoint
 from workers.prompts import PromptRenderer
 
@@ -98,7 +99,7 @@ def _cut(
 
 
 def _own_words(checkpoint: Checkpoint, prompt: list[int], count: int, kept: Kept[Answer]) -> Answer:
-    if known := kept.found.get((checkpoint.name, count, tuple(prompt))):
+    if known := kept.found.get((checkpoint.name, BASELINE, count, tuple(prompt))):
         return known
     ids = torch.tensor([prompt], device=checkpoint.model.device)
     model: Any = checkpoint.model

@@ -28,6 +28,7 @@ from training.provenance import provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.medusa_checkpoint import save_heads
+from workers.decoding.registry import BASELINE
 from workers.model.checkpoint import load_checkpoint
 from workers.model.devices import find_device, find_dtype
 from workers.model.quantization import input_embeddings, output_projection
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 DECAY = 0.8  # of the loss from head to head
 DROPOUT = 0.1  # of the states
-SHOWN = {"model_path", "count", "new_tokens", "heads", "layers", "plain", "vocabulary"}
+SHOWN = {"model_path", "count", "new_tokens", "method", "heads", "layers", "plain", "vocabulary"}
 SHOWN |= {"epochs", "batch", "learning_rate", "seed"}  # options that make the heads what they are
 
 
@@ -49,6 +50,7 @@ def main(
     model_path: str = "smollm2-135m",
     count: Annotated[int | None, typer.Option(help="prompts; by default all")] = None,
     new_tokens: Annotated[int, typer.Option(help="longest answer")] = 192,
+    method: Annotated[str, typer.Option(help="by which the model answers: apar for one that forks")] = BASELINE,
     heads: int = 4,
     layers: int = 2,
     plain: Annotated[
@@ -65,7 +67,7 @@ def main(
     """Answer the prompts, train the heads, measure them."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     chosen = load_prompts(prompts, benchmarks_of(avoid), count=count, seed=seed)
-    learned = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
+    learned = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl", method)
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)
     states = hidden_states(checkpoint.model, learned, heads, cache, fast=True)

@@ -32,6 +32,7 @@ from training.provenance import provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.ppd_checkpoint import save_prompt_tokens
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
+from workers.decoding.registry import BASELINE
 from workers.model.checkpoint import load_checkpoint
 from workers.model.devices import find_device
 from workers.model.quantization import input_embeddings, output_projection
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 DECAY = 0.8  # of the loss from special token to special token
 NOISE = 0.01  # that virtual tokens of one special token start apart
-SHOWN = {"model_path", "words", "count", "new_tokens", "special", "virtual", "attention"}
+SHOWN = {"model_path", "words", "count", "new_tokens", "method", "special", "virtual", "attention"}
 SHOWN |= {"steps", "texts", "places", "learning_rate", "seed"}  # options that make the tokens what they are
 
 
@@ -57,6 +58,7 @@ def main(
     model_path: str = "smollm2-135m",
     count: Annotated[int | None, typer.Option(help="prompts; by default all")] = None,
     new_tokens: Annotated[int, typer.Option(help="longest answer")] = 192,
+    method: Annotated[str, typer.Option(help="by which the model answers: apar for one that forks")] = BASELINE,
     special: Annotated[int, typer.Option(min=1, help="S, tokens ahead that are guessed")] = 3,
     virtual: Annotated[int, typer.Option(min=1, help="v, rows for each of them")] = 1,
     attention: Annotated[str, typer.Option(help=", ".join(ATTENTIONS))] = "ensemble",
@@ -79,7 +81,7 @@ def main(
     benchmarks = benchmarks_of(avoid)
     if prompts:
         chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
-        answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl")
+        answered = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl", method)
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=product_dtype(device), device=device)
     if conversations:

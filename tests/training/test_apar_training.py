@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from tests.support.families import tiny_model
-from tests.support.tiny import save_tiny
+from tests.support.tiny import CHILD, FORK, forking_checkpoint, save_tiny
 from tests.support.tokenizers import byte_tokenizer
+from training.answers import AnswerFile
 from training.apar import app, tree_loss
 from training.apar_data import Sample, is_repetitive, read_trees, sorted_out, write_data
 from training.paragraph_tree import ParagraphTree, packed, tree_of
@@ -128,6 +130,20 @@ def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
     assert origin["data"]["answers"] == {"all": 3, "fork": 1, "must not": 1}
     with Engine.load(str(model), method="apar", adapters={"apar": tmp_path / "apar"}, kv_tokens=512) as engine:
         assert list(engine.generate("Hello", max_new_tokens=3))[-1].finish_reason
+
+
+def test_threads_are_answers_behind_the_paths_on_which_they_began(tmp_path: Path) -> None:
+    with Engine(forking_checkpoint, methods=["apar"], kv_tokens=4096) as engine:
+        engine.generate = partial(engine.generate, logit_bias={FORK: 6.0})
+        file = AnswerFile(tmp_path / "answers.jsonl")
+        first, *others = file.threads(engine, [{"role": "user", "content": "Hi"}], 30, "apar")
+        forks = [place for place, token in enumerate(first.answer[:-2]) if token == FORK]  # at the end is no room
+        assert len(forks) > 2
+        for fork, thread in zip(forks, others, strict=True):
+            assert thread.prompt == [*first.prompt, *first.answer[: fork + 1], CHILD]
+        engine.generate = None
+        again = AnswerFile(tmp_path / "answers.jsonl").threads(engine, [{"role": "user", "content": "Hi"}], 30, "apar")
+        assert again == [first, *others]
 
 
 def _run(*arguments: object) -> None:
