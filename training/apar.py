@@ -21,14 +21,13 @@ from transformers import PreTrainedModel
 
 from protocol.generation import ChatMessage
 from training.answers import Answer, answers_of
-from training.apar_data import Sample, read_chats, read_plain, read_trees, sorted_out, write_data
+from training.apar_data import Chat, Sample, read_chats, read_plain, read_trees, sorted_out, write_data
 from training.loop import Schedule, train
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.pictures import bar_picture, loss_curve
 from training.precision import has_fast_bfloat16
 from training.prompts import benchmarks_of, load_prompts
 from training.provenance import named, provenance
-from training.structure import whole_part
 from workers.forking import NAMES, ControlTokens
 from workers.model.checkpoint import Checkpoint, load_checkpoint
 from workers.model.devices import find_device
@@ -204,12 +203,12 @@ def prepare(
     """Sort answers out into those that fork and those that must not, in the published formats."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     benchmarks = benchmarks_of(avoid)
-    found = [chat for path in chats or [] for chat in read_chats(path) if not benchmarks.holds(chat[1])]
+    found = [chat for path in chats or [] for chat in read_chats(path) if not benchmarks.holds(chat.prompt)]
     if prompts:
         chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
         answers = answers_of(model_path, chosen, new_tokens, cache / "answers.jsonl")
         found += [
-            (f"own{number}", prompt, whole_part(answer.text, cut=len(answer.answer) == new_tokens))
+            Chat(f"own{number}", prompt, answer.text, cut=len(answer.answer) == new_tokens, own=True)
             for number, (prompt, (answer,)) in enumerate(zip(chosen, answers, strict=True))
         ]
     structured, unstructured = sorted_out(found)

@@ -21,6 +21,22 @@ MOST_REPEATED = 0.15  # of an answer's word sequences
 
 
 @dataclass(frozen=True)
+class Chat:
+    """The first turn of a conversation.
+
+    Attributes:
+        cut: whether the answer has no end.
+        own: whether it is an answer of the model that is to learn.
+    """
+
+    index: str
+    prompt: str
+    answer: str
+    cut: bool = False
+    own: bool = False
+
+
+@dataclass(frozen=True)
 class Sample:
     """A prompt and its answer; without details the answer does not fork."""
 
@@ -29,21 +45,38 @@ class Sample:
     answer: Structured
 
 
-def sorted_out(chats: Iterable[tuple[str, str, str]]) -> tuple[list[Sample], list[Sample]]:
+def sorted_out(chats: Iterable[Chat]) -> tuple[list[Sample], list[Sample]]:
     """Answers that fork, and those from which not to fork is learned; others are left out.
 
-    Args:
-        chats: index, prompt and answer of each.
+    The latter are code, formulas and the like, as published, and whatever of the model's own answers has no structure:
+    it is to go on answering as it did. An answer that says the same again and again counts up to there.
     """
     structured: list[Sample] = []
     unstructured: list[Sample] = []
-    for index, prompt, answer in chats:
-        found = structure(answer)
+    for chat in chats:
+        fresh = before_repetition(chat.answer)
+        cut = chat.cut or fresh != chat.answer
+        found = structure(fresh, cut=cut)
         if found and not is_repetitive(found):
-            structured.append(Sample(index, prompt, found))
-        elif not found and is_unstructured(answer):
-            unstructured.append(Sample(index, prompt, Structured((answer,), ())))
+            structured.append(Sample(chat.index, chat.prompt, found))
+        elif not found and fresh.strip() and (is_unstructured(fresh) or chat.own):
+            unstructured.append(Sample(chat.index, chat.prompt, Structured((fresh,), (), cut)))
     return structured, unstructured
+
+
+def before_repetition(text: str) -> str:
+    """A text that repeats itself, up to the sentence in which it begins to; any other text as it is."""
+    if repetition(text) <= MOST_REPEATED:
+        return text
+    words = list(re.finditer(r"\S+", text.lower()))
+    seen: set[tuple[str, ...]] = set()
+    for place in range(len(words) - GRAM + 1):
+        gram = tuple(word.group() for word in words[place : place + GRAM])
+        if gram in seen:
+            fresh = text[: words[place].start()]
+            return fresh[: max(fresh.rfind(". ") + 1, fresh.rfind("\n"), 0)].rstrip()
+        seen.add(gram)
+    return text
 
 
 def is_repetitive(answer: Structured) -> bool:
@@ -78,6 +111,7 @@ def write_data(structured: Sequence[Sample], unstructured: Sequence[Sample], fol
         {
             "id": one.index,
             "conversations": [{"from": "human", "value": one.prompt}, {"from": "gpt", "value": one.answer.text}],
+            **_cut(one),
         }
         for one in unstructured
     ]
@@ -86,10 +120,15 @@ def write_data(structured: Sequence[Sample], unstructured: Sequence[Sample], fol
         (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), "utf-8")
 
 
-def rows_of(sample: Sample) -> Iterator[dict[str, str]]:
+def _cut(sample: Sample) -> dict[str, bool]:
+    """A key of our own, which others do not read."""
+    return {"cut": True} if sample.answer.cut else {}
+
+
+def rows_of(sample: Sample) -> Iterator[dict[str, Any]]:
     """The published rows of a tree: its paths."""
     pieces, details = sample.answer.pieces, sample.answer.details
-    yield {"index": f"{sample.index}_main", "input": sample.prompt, "target": FORK.join(pieces)}
+    yield {"index": f"{sample.index}_main", "input": sample.prompt, "target": FORK.join(pieces), **_cut(sample)}
     for child, detail in enumerate(details):
         target = FORK.join(pieces[: child + 1]) + FORK + CHILD + detail
         yield {"index": f"{sample.index}_{child}", "input": sample.prompt, "target": target}
@@ -119,16 +158,17 @@ def _tree(path: Path, index: str, row: Mapping[str, Any], details: Mapping[int, 
     pieces = tuple(row["target"].split(FORK))
     if sorted(details) != list(range(len(pieces) - 1)):
         raise ValueError(f"{path}: {index} forks {len(pieces) - 1} times and has the paths {sorted(details)}")
-    return Sample(index, row["input"], Structured(pieces, tuple(details[child] for child in sorted(details))))
+    told = tuple(details[child] for child in sorted(details))
+    return Sample(index, row["input"], Structured(pieces, told, row.get("cut", False)))
 
 
 def read_plain(path: Path) -> list[Sample]:
     """First turns of a file of conversations, as answers that do not fork. Raises ValueError."""
-    return [Sample(index, prompt, Structured((answer,), ())) for index, prompt, answer in read_chats(path)]
+    return [Sample(chat.index, chat.prompt, Structured((chat.answer,), (), chat.cut)) for chat in read_chats(path)]
 
 
-def read_chats(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Index, prompt and answer of the first turn of each chat: conversations as published, or prompt and answer.
+def read_chats(path: Path) -> Iterator[Chat]:
+    """The first turn of each chat: conversations as published, or prompt and answer.
 
     Raises:
         ValueError: an entry is neither.
@@ -136,8 +176,8 @@ def read_chats(path: Path) -> Iterator[tuple[str, str, str]]:
     for number, entry in enumerate(read_entries(path)):
         index = str(entry.get("id", f"{path.stem}{number}")) if isinstance(entry, dict) else ""
         if isinstance(entry, dict) and "answer" in entry:
-            yield index, entry["prompt"], entry["answer"]
+            yield Chat(index, entry["prompt"], entry["answer"])
             continue
         turns = [turn for turn in messages_of(entry, path) if turn.role != "system"]
         if [turn.role for turn in turns[:2]] == ["user", "assistant"]:
-            yield index, turns[0].content, turns[1].content
+            yield Chat(index, turns[0].content, turns[1].content, cut=entry.get("cut", False))

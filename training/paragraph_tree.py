@@ -58,18 +58,22 @@ class ParagraphTree:
 
 
 def tree_of(prompt: Sequence[int], answer: Structured, tokenizer: Any, control: ControlTokens) -> ParagraphTree:
-    """The tree of an answer; every piece of it is encoded alone, as it is generated."""
+    """The tree of an answer; every piece of it is encoded alone, as it is generated. What was cut does not end."""
 
     def encoded(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    eos = tokenizer.eos_token_id
+    end = [tokenizer.eos_token_id]
     root = encoded(answer.pieces[0])
     for piece in answer.pieces[1:]:
         root += [control.fork, *encoded(piece)]
-    children = [[control.child, *encoded(detail), eos] for detail in answer.details]
-    return ParagraphTree(prompt, [*root, eos], children, control)
+    children = [[control.child, *encoded(detail), *end] for detail in answer.details]
+    if not answer.cut:
+        root += end
+    elif children and not answer.pieces[-1].strip():  # it was cut in the last child's words
+        children[-1].pop()
+    return ParagraphTree(prompt, root, children, control)
 
 
 @dataclass(frozen=True)

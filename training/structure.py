@@ -7,7 +7,7 @@ character of the answer is lost: joined in reading order the pieces are the answ
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise, zip_longest
 
 FEWEST = 3  # children
@@ -29,10 +29,12 @@ class Structured:
     Attributes:
         pieces: n + 1 texts of the first thread; it forks behind each but the last.
         details: n texts, one of each child.
+        cut: whether the answer was cut: what is said last has no end.
     """
 
     pieces: tuple[str, ...]
     details: tuple[str, ...]
+    cut: bool = False
 
     @property
     def text(self) -> str:
@@ -40,16 +42,12 @@ class Structured:
         return "".join(chain.from_iterable(zip_longest(self.pieces, self.details, fillvalue="")))
 
 
-def structure(answer: str) -> Structured | None:
+def structure(answer: str, *, cut: bool = False) -> Structured | None:
     """What of an answer forks; None if it has no structure that the rules know."""
     if _NOT_LATIN.search(answer) or _STAY.search(answer):
         return None
-    return _ordered_list(answer) or _paragraphs(answer)
-
-
-def whole_part(answer: str, *, cut: bool) -> str:
-    """An answer that was cut at its longest, without its last paragraph."""
-    return answer.rpartition("\n\n")[0] if cut else answer
+    found = _ordered_list(answer) or _paragraphs(answer)
+    return replace(found, cut=cut) if found else None
 
 
 def is_unstructured(answer: str) -> bool:

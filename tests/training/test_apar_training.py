@@ -17,7 +17,7 @@ from tests.support.tiny import CHILD, FORK, forking_checkpoint, save_tiny
 from tests.support.tokenizers import byte_tokenizer
 from training.answers import AnswerFile
 from training.apar import app, tree_loss
-from training.apar_data import Sample, is_repetitive, read_trees, sorted_out, write_data
+from training.apar_data import Chat, Sample, is_repetitive, read_trees, sorted_out, write_data
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.structure import Structured, structure
 from workers.engine import Engine
@@ -69,9 +69,29 @@ def test_published_files_are_read_as_they_were_written(texts: list[str], data: s
 
 
 def test_chats_are_sorted_out() -> None:
-    structured, unstructured = sorted_out([("1", "a", LIST), ("2", "b", "```x = 1```"), ("3", "c", "Hello.")])
+    loop = "It is as it is and so it goes on. " * 9
+    chats = [
+        Chat("1", "a", LIST),
+        Chat("2", "b", "```x = 1```"),
+        Chat("3", "c", "Hello."),
+        Chat("4", "d", loop, own=True),
+    ]
+    structured, unstructured = sorted_out(chats)
     assert [sample.index for sample in structured] == ["1"]
-    assert [sample.index for sample in unstructured] == ["2"]
+    assert [sample.index for sample in unstructured] == ["2", "4"]
+    assert unstructured[1].answer == Structured(("It is as it is and so it goes on.",), (), cut=True)
+
+
+def test_what_was_cut_does_not_end() -> None:
+    tokenizer, end = byte_tokenizer(added=["[Fork]", "[Child]"]), 2
+    whole, cut_behind, cut_within = (
+        tree_of([1], found, tokenizer, CONTROL)
+        for text, cut in ((LIST, False), (LIST, True), (LIST.removesuffix("et.\n\nEnough."), True))
+        if (found := structure(text, cut=cut))
+    )
+    assert [whole.root[-1], *(child[-1] for child in whole.children)] == [end] * 4
+    assert cut_behind.root == whole.root[:-1] and cut_behind.children == whole.children
+    assert cut_within.root[-1] == CONTROL.fork and cut_within.children[-1][-1] != end
 
 
 def trees() -> list[ParagraphTree]:
