@@ -7,7 +7,7 @@ TORCH := 2.13.0
 PACKAGES := protocol controller workers training traces webui polydecode configs benchmarks
 RUNS ?= runs
 
-.PHONY: help install demo test verify check format trace bench train-medusa train-ppd clean
+.PHONY: help install demo test verify check format trace bench train-medusa train-ppd train-apar clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,14 +54,21 @@ trace: install ## traces of both benchmarks from what `make demo` serves
 bench: install ## vanilla beside transformers' generate, and 8 streams beside one
 	$(BIN)/python -m benchmarks.side_by_side
 
-# PROMPTS: JSONL with a prompt a line. AVOID: benchmark files whose questions must not be trained on.
-train-medusa: install ## Medusa heads for the embedded model: PROMPTS=file AVOID="files"
-	$(BIN)/python -m training.medusa --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --resume \
-		--count 4600 --out configs/adapters/smollm2-135m/medusa --cache $(RUNS)/training
+# PROMPTS: JSONL with a prompt a line. AVOID: benchmark files whose questions must not be trained on. MODEL: an embedded one.
+MODEL ?= smollm2-135m
+ADAPTER = configs/adapters/$(MODEL)
+LEARN = --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --count 4600 --cache $(RUNS)/training
+OWN = --model-path $(MODEL) --method $(if $(filter %-apar,$(MODEL)),apar,vanilla) --resume
 
-train-ppd: install ## prompt tokens for the embedded model: PROMPTS=file AVOID="files"
-	$(BIN)/python -m training.ppd --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --resume \
-		--count 4600 --out configs/adapters/smollm2-135m/ppd --cache $(RUNS)/training
+train-medusa: install ## Medusa heads for an embedded model: PROMPTS=file AVOID="files" MODEL=smollm2-135m
+	$(BIN)/python -m training.medusa $(LEARN) $(OWN) --out $(ADAPTER)/medusa
+
+train-ppd: install ## prompt tokens for an embedded model: PROMPTS=file AVOID="files" MODEL=smollm2-135m
+	$(BIN)/python -m training.ppd $(LEARN) $(OWN) --out $(ADAPTER)/ppd
+
+train-apar: install ## teach the embedded model to fork: CHATS=file PROMPTS=file AVOID="files"
+	$(BIN)/python -m training.apar prepare --chats $(CHATS) $(LEARN) --out $(RUNS)/apar
+	$(BIN)/python -m training.apar --data $(RUNS)/apar --out $(ADAPTER)-apar --cache $(RUNS)/training --resume
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,7 +43,7 @@ def test_greedy_equals_generate(engine: Engine, together: int) -> None:
     cases = [Case("sample", str(question.question_id), question.turns[0]) for question in questions]
     groups = [cases] if together == 3 else [[case] for case in cases]
     for group in groups:
-        for case, ours in zip(group, answers(engine, group, 128), strict=True):
+        for case, ours in zip(group, answers(engine, group, 64), strict=True):
             result = engine.between_steps(partial(compare, engine, case, ours)).result()
             assert result["verdict"] != "different", result
 
