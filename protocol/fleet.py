@@ -116,8 +116,8 @@ class WorkerTraceParams(Wire):
     model: str | None = None
     prompts: str | list[str]
     max_length: Annotated[int, Field(gt=0)] = 2048
-    max_batch_size: int = 32
-    max_depth: int = 2
+    max_batch_size: Annotated[int, Field(gt=0)] = 32
+    max_depth: Annotated[int, Field(gt=0)] = 2
 
 
 class FleetWorker(Wire):

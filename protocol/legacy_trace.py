@@ -1,8 +1,8 @@
 """APAR's trace: six arrays with one full snapshot per step, made from native traces.
 
-As in APAR's vanilla worker the forward pass that produced the final EOS leaves no snapshot, and a thread that emitted
-its EOS in a step still counts in it. Unlike there, the last token of an answer that ends by length is kept, and a
-child's first token comes with its [Child]. Needs traces taken with ``trace: "full"``, which carry the prompt's ids.
+As in APAR's vanilla worker the forward pass that produced the last EOS of all leaves no snapshot, and a thread that
+emitted its EOS in a step still counts in it. Unlike there, the last token of an answer that ends by length is kept, and
+a child's first token comes with its [Child]. Needs traces taken with ``trace: "full"``, which carry the prompt's ids.
 """
 
 import copy
@@ -35,7 +35,7 @@ def legacy_trace(*traces: RequestTrace) -> LegacyTrace:
     gids = count()
     told = [_Told(trace, gids) for trace in traces]
     legacy = LegacyTrace(responses=[], ret_input_ids=[], global_root=[], g_to_i=[], elapse=[], dynamic_bs=[])
-    for step in range(max((len(one.steps) for one in told), default=0)):
+    for step in range(_recorded(told)):
         for one in told:
             one.take(step)
         paths = {gid: path for one in told for gid, path in one.paths.items()}
@@ -55,13 +55,13 @@ class _Told:
     Attributes:
         paths: by gid, all token ids of a path, the prompt's first.
         root: APAR's tree of spans; ``start`` and ``termination`` are places in the path of ``gid``.
-        live: gids of the threads that had a row in the step.
+        live: gids of the threads that had not ended before the step.
     """
 
     def __init__(self, trace: RequestTrace, gids: Iterator[int]) -> None:
         if trace.header.prompt_token_ids is None:
             raise ValueError('the trace has no prompt token ids: take it with trace: "full"')
-        self.steps = _recorded(trace.steps)
+        self.steps = trace.steps
         self.order = ReadingOrder(trace.header.whitespace)
         self.elapsed_s = 0.0
         self._control = trace.header.control_tokens
@@ -73,6 +73,7 @@ class _Told:
         self.live: list[int] = [gid]
         self._growing = {gid: self.root}
         self._ended: set[int] = set()
+        self._born: set[int] = set()  # have not said their [Child]
 
     def take(self, step: int) -> None:
         """The next step happens, if there is one."""
@@ -85,8 +86,9 @@ class _Told:
     def _take(self, thread: ThreadStep) -> None:
         gid = self._gid_of[thread.thread]
         path = self.paths[gid]
-        if self._control and thread.parent is not None and path[-1] == self._control[0]:
+        if self._control and gid in self._born:
             path.append(self._control[1])
+            self._born.remove(gid)
         path += thread.token_ids
         self.order.push(thread.thread, thread.text)
         if thread.finish_reason:
@@ -105,12 +107,20 @@ class _Told:
         self._growing[gid] = before["next"] = _span(place + 1, gid)
         self._growing[child] = before["detail"] = _span(place + 2, child)
         self.live.append(child)
+        self._born.add(child)
 
 
 def _span(start: int, gid: int) -> dict[str, Any]:
     return {"start": start, "gid": gid, "termination": None, "next": None, "detail": None}
 
 
-def _recorded(steps: list[StepTrace]) -> list[StepTrace]:
-    ends_by_eos = all(thread.finish_reason == "stop" for thread in steps[-1].threads) if steps else False
-    return steps[:-1] if ends_by_eos and len(steps) > 1 else steps
+def _recorded(told: list[_Told]) -> int:
+    """The number of steps that leave a snapshot."""
+    steps = max((len(one.steps) for one in told), default=0)
+    says_nothing = all(_is_end(one.steps[-1]) for one in told if len(one.steps) == steps and steps)
+    return steps - 1 if says_nothing and steps > 1 else steps
+
+
+def _is_end(step: StepTrace) -> bool:
+    """Whether all that its threads said is EOS; with drafts more may stand before it."""
+    return all(thread.finish_reason == "stop" and len(thread.token_ids) == 1 for thread in step.threads)

@@ -72,19 +72,19 @@ class ReadingOrder:
         del self._spans[place + 1 :]
         return dropped
 
-    def take(self) -> tuple[str, list[Any]]:
-        """The text that became final since the last call, and what came with it."""
-        text, items = "", []
+    def take(self) -> list[tuple[str, list[Any]]]:
+        """The text that became final since the last call and what came with it, span by span."""
+        taken = []
         while True:
             span = self._spans[self._front]
-            text += self._joiner.text(span.text[span.taken :])
+            text = self._joiner.text(span.text[span.taken :])
             span.taken = len(span.text)
-            items += span.items
-            span.items = []
             if span.closed and not span.forked:
                 text += self._joiner.end()
+            taken.append((text, span.items))
+            span.items = []
             if not span.closed or self._front + 1 == len(self._spans):
-                return text, items
+                return taken
             self._front += 1
             self._joiner.enter(self._spans[self._front].border, span.text)
 

@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 from protocol.generation import ChatMessage
 from training.answers import Answer, answers_of
-from training.apar_data import Chat, Sample, read_chats, read_plain, read_trees, sorted_out, write_data
+from training.apar_data import Chat, Sample, read_chats, read_plain, read_trees, sorted_out, told_apart, write_data
 from training.loop import Schedule, train
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.pictures import bar_picture, loss_curve
 from training.precision import has_fast_bfloat16
 from training.prompts import benchmarks_of, load_prompts
-from training.provenance import named, provenance
+from training.provenance import fingerprint, named, provenance
 from workers.forking import NAMES, ControlTokens
 from workers.model.checkpoint import Checkpoint, load_checkpoint
 from workers.model.devices import find_device
@@ -55,11 +55,14 @@ def with_lora(model: PreTrainedModel, tokens: Sequence[int], rank: int) -> Any:
     """``model`` with trainable LoRA on its decoder's linear layers, and trainable rows of ``tokens``."""
     from peft import LoraConfig, get_peft_model
 
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name.rpartition(".")[2] for table in tables for name, module in model.named_modules() if module is table]
+    tied = tables[0].weight is tables[1].weight
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules="all-linear",
-        trainable_token_indices=list(tokens),
+        trainable_token_indices={name: list(tokens) for name in names[: 1 if tied else 2]},
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
@@ -82,6 +85,7 @@ def train_forking(
     seed: int,
     checkpoint: Path,
     resume: bool,
+    of: str = "",
     stop_at: int | None = None,
 ) -> list[float]:
     """Train ``model``'s trainable parameters; returns the losses; see :func:`training.loop.train`.
@@ -100,7 +104,9 @@ def train_forking(
         mine = drawn[accelerator.process_index :: accelerator.num_processes]
         return tree_loss(model, mine)
 
-    return train(Trained(model), loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
+    return train(
+        Trained(model), loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, of=of, stop_at=stop_at
+    )
 
 
 def tree_loss(model: Any, trees: Sequence[ParagraphTree]) -> torch.Tensor:
@@ -164,7 +170,10 @@ def main(
     control = ControlTokens(fork=added[NAMES[0][0]], child=added[NAMES[0][1]])
     forking = encoded(read_trees(data / "apar.json"), checkpoint, control, longest)
     plain = encoded(read_plain(data / "unstructured.json"), checkpoint, control, longest)
+    if not forking:
+        raise typer.BadParameter(f"{data / 'apar.json'}: no answer of at most {longest} tokens forks")
     model: Any = checkpoint.model if full else with_lora(checkpoint.model, list(added.values()), rank)
+    learned = [Answer(checkpoint.name, longest, list(tree.prompt), tree.tokens, "") for tree in [*forking, *plain]]
     losses = train_forking(
         model,
         forking,
@@ -174,6 +183,7 @@ def main(
         seed=seed,
         checkpoint=cache / f"apar-{checkpoint.name}.pt",
         resume=resume,
+        of=fingerprint(options, learned),
     )
     if full:
         model.save_pretrained(out)
@@ -182,7 +192,6 @@ def main(
         save_adapter(model, out)
     (out / ADDED_TOKENS).write_text(json.dumps(added))
     loss_curve(losses, out / "loss.png")
-    learned = [Answer(checkpoint.name, longest, list(tree.prompt), tree.tokens, "") for tree in [*forking, *plain]]
     origin = provenance("training.apar", options, data / "apar.json", learned)
     origin["data"] = json.loads((data / SOURCES).read_text()) if (data / SOURCES).is_file() else None
     (out / "provenance.json").write_text(json.dumps(origin, indent=1))
@@ -211,7 +220,7 @@ def prepare(
             Chat(f"own{number}", prompt, answer.text, cut=len(answer.answer) == new_tokens, own=True)
             for number, (prompt, (answer,)) in enumerate(zip(chosen, answers, strict=True))
         ]
-    structured, unstructured = sorted_out(found)
+    structured, unstructured = sorted_out(told_apart(found))
     write_data(structured, unstructured, out)
     counts = Counter(len(sample.answer.details) for sample in structured)
     sizes = sorted(counts)

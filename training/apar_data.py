@@ -7,7 +7,7 @@ answers as they read, ``unstructured.json`` conversations from which not to fork
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,14 @@ def sorted_out(chats: Iterable[Chat]) -> tuple[list[Sample], list[Sample]]:
         elif not found and fresh.strip() and (is_unstructured(fresh) or chat.own):
             unstructured.append(Sample(chat.index, chat.prompt, Structured((fresh,), (), cut)))
     return structured, unstructured
+
+
+def told_apart(chats: Iterable[Chat]) -> Iterator[Chat]:
+    """Chats with an index each has alone: files may repeat theirs."""
+    seen: set[str] = set()
+    for number, chat in enumerate(chats):
+        yield replace(chat, index=f"{chat.index}x{number}") if chat.index in seen else chat
+        seen.add(chat.index)
 
 
 def before_repetition(text: str) -> str:
@@ -175,7 +183,7 @@ def read_chats(path: Path) -> Iterator[Chat]:
     """
     for number, entry in enumerate(read_entries(path)):
         index = str(entry.get("id", f"{path.stem}{number}")) if isinstance(entry, dict) else ""
-        if isinstance(entry, dict) and "answer" in entry:
+        if isinstance(entry, dict) and {"prompt", "answer"} <= entry.keys():
             yield Chat(index, entry["prompt"], entry["answer"])
             continue
         turns = [turn for turn in messages_of(entry, path) if turn.role != "system"]

@@ -44,6 +44,7 @@ def train(
     *,
     accelerator: Accelerator,
     resume: bool,
+    of: str = "",
     stop_at: int | None = None,
 ) -> list[float]:
     """Train ``module``'s parameters in place; returns the loss of every step.
@@ -51,14 +52,15 @@ def train(
     Args:
         loss_of: step → the loss of its batch, by ``module``'s current parameters; equal on every run.
         checkpoint: where the state is kept, about once a minute and at the end.
-        resume: go on from there if it exists. Raises ValueError if that training had another schedule.
+        resume: go on from there if it exists. Raises ValueError if that was another training.
+        of: what makes it another one, beside the schedule.
         stop_at: end before this step, as if killed right after it was saved.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     losses: list[float] = []
     if resume and checkpoint.is_file():
-        losses = _restore(module, optimizer, schedule, checkpoint)
+        losses = _restore(module, optimizer, {**asdict(schedule), "of": of}, checkpoint)
         logger.info("going on at step %d of %d", len(losses), schedule.steps)
     started, first = perf_counter(), len(losses)
     reported = saved = started
@@ -73,7 +75,7 @@ def train(
             logger.info("step %d of %d, loss %.3f, %.1f minutes to go", len(losses), schedule.steps, mean, ahead / 60)
         if (now - saved > SAVE_S or len(losses) == last) and accelerator.is_main_process:
             saved = now
-            _save(module, optimizer, schedule, losses, checkpoint)
+            _save(module, optimizer, {**asdict(schedule), "of": of}, losses, checkpoint)
     return losses
 
 
@@ -100,19 +102,21 @@ def _step(
 
 
 def _save(
-    module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, losses: list[float], checkpoint: Path
+    module: nn.Module, optimizer: torch.optim.Optimizer, made: dict[str, Any], losses: list[float], checkpoint: Path
 ) -> None:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     scratch = checkpoint.with_suffix(".tmp")
     state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-    torch.save({**state, "schedule": asdict(schedule)}, scratch)
+    torch.save({**state, "made": made}, scratch)
     scratch.replace(checkpoint)
 
 
-def _restore(module: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, checkpoint: Path) -> list[float]:
+def _restore(
+    module: nn.Module, optimizer: torch.optim.Optimizer, made: dict[str, Any], checkpoint: Path
+) -> list[float]:
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    if state["schedule"] != asdict(schedule):
-        raise ValueError(f"{checkpoint} is of a training with {state['schedule']}: remove it, or train as before")
+    if state.get("made") != made:
+        raise ValueError(f"{checkpoint} is of another training ({state.get('made')}): remove it, or train as before")
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     losses: list[float] = state["losses"]

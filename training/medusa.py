@@ -24,7 +24,7 @@ from training.loop import Schedule, train
 from training.pictures import loss_curve
 from training.precision import fast_products, product_dtype
 from training.prompts import benchmarks_of, load_prompts
-from training.provenance import provenance
+from training.provenance import fingerprint, provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.medusa_checkpoint import save_heads
@@ -86,6 +86,7 @@ def main(
         seed=seed,
         checkpoint=cache / f"medusa-{checkpoint.name}.pt",
         resume=resume,
+        of=fingerprint(options, learned),
     )
     measured = accuracies(trained, held_out(states, token_ids))
     save_heads(trained, out, checkpoint.name)
@@ -107,6 +108,7 @@ def train_heads(
     seed: int,
     checkpoint: Path,
     resume: bool,
+    of: str = "",
     stop_at: int | None = None,
 ) -> tuple[MedusaHeads, list[float]]:
     """New heads on ``projection`` float[V, h] and the losses of their training; see :func:`training.loop.train`.
@@ -137,7 +139,7 @@ def train_heads(
         ]
         return torch.stack(losses).sum()
 
-    losses = train(made, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
+    losses = train(made, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, of=of, stop_at=stop_at)
     return made.cpu(), losses
 
 

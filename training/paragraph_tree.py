@@ -15,6 +15,7 @@ import torch
 from training.structure import Structured
 from workers.forking import ControlTokens
 
+BREAK = "\n"
 NOTHING = -100  # label of a row from which nothing is learned
 
 
@@ -58,14 +59,20 @@ class ParagraphTree:
 
 
 def tree_of(prompt: Sequence[int], answer: Structured, tokenizer: Any, control: ControlTokens) -> ParagraphTree:
-    """The tree of an answer; every piece of it is encoded alone, as it is generated. What was cut does not end."""
+    """The tree of an answer; every piece of it is encoded alone, as it is generated. What was cut does not end.
+
+    Some tokenizers put a space before whatever they encode, which belongs before the first piece alone: the others are
+    encoded behind a line break.
+    """
+    line_break = tokenizer.encode(BREAK, add_special_tokens=False)
 
     def encoded(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        ids: list[int] = tokenizer.encode(BREAK + text, add_special_tokens=False)
+        apart = ids[: len(line_break)] == line_break  # else the break became part of a longer token
+        return ids[len(line_break) :] if apart else list(tokenizer.encode(text, add_special_tokens=False))
 
     end = [tokenizer.eos_token_id]
-    root = encoded(answer.pieces[0])
+    root = list(tokenizer.encode(answer.pieces[0], add_special_tokens=False))
     for piece in answer.pieces[1:]:
         root += [control.fork, *encoded(piece)]
     children = [[control.child, *encoded(detail), *end] for detail in answer.details]

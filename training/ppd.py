@@ -28,7 +28,7 @@ from training.precision import product_dtype
 from training.prompt_accuracy import measured_accuracies, write_prompt_measures
 from training.prompt_rows import prompt_states, read_texts
 from training.prompts import benchmarks_of, load_prompts
-from training.provenance import provenance
+from training.provenance import fingerprint, provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.ppd_checkpoint import save_prompt_tokens
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
@@ -100,6 +100,7 @@ def main(
         seed=seed,
         checkpoint=cache / f"ppd-{checkpoint.name}.pt",
         resume=resume,
+        of=fingerprint(options, answered),
     )
     save_prompt_tokens(learned, out, checkpoint.name)
     write_prompt_measures(measured_accuracies(checkpoint.model, learned, answered[first:]), out)
@@ -125,6 +126,7 @@ def train_prompt_tokens(
     seed: int,
     checkpoint: Path,
     resume: bool,
+    of: str = "",
     stop_at: int | None = None,
 ) -> tuple[PromptTokens, list[float]]:
     """Prompt tokens trained from ``tokens``, and the losses of their training; see :func:`training.loop.train`.
@@ -147,7 +149,9 @@ def train_prompt_tokens(
         own = PromptTokens(module.embeddings, tokens.attention)
         return _loss(model, own, drawn[mine], chosen[mine].to(model.device))
 
-    losses = train(module, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, stop_at=stop_at)
+    losses = train(
+        module, loss_of, schedule, checkpoint, accelerator=accelerator, resume=resume, of=of, stop_at=stop_at
+    )
     logger.info("%d prompt tokens trained, %.0f a second", seen, seen / (perf_counter() - started))
     return PromptTokens(module.embeddings.detach().cpu(), tokens.attention), losses
 

@@ -25,16 +25,13 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
         prompts: the file of prompts.
         learned: the answers that it learned from.
     """
-    digest = hashlib.sha256()
-    for answer in learned:
-        digest.update(json.dumps([answer.prompt, answer.answer]).encode())
     return {
         "command": " ".join([f"python -m {command}", *_words(options)]),
         "prompts": named(prompts),
         "answers": {
             "count": len(learned),
             "tokens": sum(len(answer.answer) for answer in learned),
-            "sha256": digest.hexdigest(),
+            "sha256": _digest(learned),
         },
         "versions": {
             "python": platform.python_version(),
@@ -44,6 +41,18 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "platform": f"{platform.machine()} {sys.platform}",
     }
+
+
+def fingerprint(options: Mapping[str, Any], learned: Sequence[Answer]) -> str:
+    """Equal for two trainings that would see and do the same."""
+    return hashlib.sha256(" ".join([*_words(options), _digest(learned)]).encode()).hexdigest()[:16]
+
+
+def _digest(learned: Sequence[Answer]) -> str:
+    digest = hashlib.sha256()
+    for answer in learned:
+        digest.update(json.dumps([answer.prompt, answer.answer]).encode())
+    return digest.hexdigest()
 
 
 def named(file: Path) -> dict[str, str]:

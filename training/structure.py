@@ -1,8 +1,9 @@
 """Answers whose parts can be said side by side: what forks from what (APAR, Liu et al. 2024).
 
 In an ordered list the item's titles are the first thread's, and what stands behind each title is a child's; in an
-answer of paragraphs a child says all but the first sentence of each. The rules are the published ones, but that no
-character of the answer is lost: joined in reading order the pieces are the answer.
+answer of paragraphs a child says all but the first sentence of each. The rules follow the published ones, but no
+character of the answer is lost (joined in reading order the pieces are the answer), items begin their lines and are
+numbered in order, and where no blank lines stand between items a line break ends the last one.
 """
 
 import re

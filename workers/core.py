@@ -21,7 +21,7 @@ from workers.model.sampling import Row, choose, top_logprobs, typical
 from workers.model.tree import EMPTY_TREE, Needs, TokenTree
 from workers.model.verification import ROOT, Walk, Walker, candidate_rows, path_tokens
 from workers.pace import Pacer, Part
-from workers.request import Event, GenerationRequest, Request, Sink, Thread, TokenReport
+from workers.request import Accepted, Event, GenerationRequest, Request, Sink, Thread, TokenReport
 from workers.scheduler import Scheduler, Turn
 from workers.text import NoText
 from workers.tuning import Tuner
@@ -260,13 +260,13 @@ class EngineCore:
                 continue
             if turn.thread.finished:  # the text ended before it in this very step
                 continue
-            tokens, text = turn.thread.accept(taken.token_ids)
-            reports = self._token_reports(request, step, index)[: len(tokens)]
-            request.reading.push(turn.thread.number, text, _readable_reports(reports, request.spec.fork))
+            accepted = turn.thread.accept(taken.token_ids)
+            reports = self._token_reports(request, step, index)[: len(accepted.tokens)]
+            request.reading.push(turn.thread.number, accepted.text, _readable(turn.thread, reports))
             self._branch(turn.thread)
-            accepted = taken.rows[: len(tokens)]
-            thread_steps.append(_thread_step(turn.thread, step.trees[index], accepted, tokens, text, reports))
-            outcomes.append((turn.thread, self._outcome(step, index, accepted, tokens)))
+            rows = taken.rows[: len(accepted.tokens)]
+            thread_steps.append(_thread_step(turn.thread, step.trees[index], rows, accepted, reports))
+            outcomes.append((turn.thread, self._outcome(step, index, rows, accepted.tokens)))
         width = sum(step.turns[index].rows + len(step.trees[index]) for index in mine)
         if thread_steps:
             self._report(request, step, thread_steps, width)
@@ -288,16 +288,13 @@ class EngineCore:
 
     def _shown(self, request: Request) -> tuple[str, list[TokenReport]]:
         """What became readable; the request ends where a stop string does, or with the last of its tokens."""
-        text, reports = request.reading.take()
-        text, stopped = request.stops.push(text)
-        if stopped:
-            request.end("stop")
-        elif request.spec.max_total_tokens and request.completion_tokens >= request.spec.max_total_tokens:
+        text, reports = request.read()
+        limit = request.spec.max_total_tokens
+        if limit and request.completion_tokens >= limit and not request.finished:
             request.end("length")
-            rest, more = request.reading.take()
-            text += request.stops.push(rest)[0]
-            reports += more
-        return text + (request.stops.flush() if request.finished else ""), reports
+            rest, more = request.read()
+            return text + rest, reports + more
+        return text, reports
 
     def _report(self, request: Request, step: Step, threads: list[ThreadStep], width: int) -> None:
         tables = [thread.table for thread in request.threads]
@@ -305,6 +302,8 @@ class EngineCore:
         trace = request.record(threads, forward_ms=step.forward_ms, width=width, batch_width=len(step.batch), kv=kv)
         self.counters.tokens(trace)
         text, reports = self._shown(request)
+        for told in threads:  # a thread may have ended since, with the text
+            told.finish_reason = request.threads[told.thread].finish_reason
         for thread in request.threads:
             if thread.finished:
                 self.scheduler.close_thread(thread)
@@ -371,7 +370,7 @@ class EngineCore:
             logger.error("request %s failed", request.spec.request_id, exc_info=error)
         self._close(request)
         self.counters.failed += 1
-        request.sink(Event(error=_readable(error)))
+        request.sink(Event(error=_readable_error(error)))
 
     def _close(self, request: Request) -> None:
         """The one place where a request ends, whatever ended it."""
@@ -379,7 +378,7 @@ class EngineCore:
         self._on_close(request)
 
 
-def _readable(error: Exception) -> RequestError:
+def _readable_error(error: Exception) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -408,13 +407,15 @@ def _between(step_rows: Sequence[int], start: int, stop: int) -> range:
     return range(bisect_left(step_rows, start), bisect_left(step_rows, stop))
 
 
-def _readable_reports(reports: list[TokenReport], fork: int | None) -> list[TokenReport]:
-    """Those of tokens that have a text."""
-    return [report for report in reports if report.token != fork]
+def _readable(thread: Thread, reports: list[TokenReport]) -> list[TokenReport]:
+    """Those of tokens that stand in the text, and of the one that ends all of it."""
+    spec = thread.request.spec
+    hidden = {spec.fork} if thread.parent is None else {spec.fork, *spec.stop_token_ids}
+    return [report for report in reports if report.token not in hidden]
 
 
 def _thread_step(
-    thread: Thread, tree: TokenTree, rows: list[int], tokens: list[int], text: str, reports: list[TokenReport]
+    thread: Thread, tree: TokenTree, rows: list[int], accepted: Accepted, reports: list[TokenReport]
 ) -> ThreadStep:
     full = thread.request.spec.trace == "full"
     return ThreadStep(
@@ -422,8 +423,8 @@ def _thread_step(
         parent=None if thread.parent is None else thread.parent.number,
         drafted=len(candidate_rows(tree)),
         accepted=len(rows),
-        token_ids=tokens,
-        text=text,
+        token_ids=accepted.tokens,
+        text=accepted.shown,
         finish_reason=thread.finish_reason,
         token_logprobs=[report.logprobs.logprob for report in reports if report.logprobs] or None,
         draft_token_ids=[tree.token_ids[row] for row in candidate_rows(tree)] if full else None,

@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from protocol.generation import DraftSettings
 from workers.core import EngineCore
 from workers.decoding.interface import BadAdapter, Method
-from workers.decoding.registry import check_method, load_adapters, make_method
+from workers.decoding.registry import check_method, forks, load_adapters, make_method
 from workers.model import linear
 from workers.model.pages import PAGE_ROWS, pages_for
 from workers.model.runner import ModelRunner
@@ -46,6 +46,8 @@ def custom_generate(
     Raises:
         UnknownMethod, BadAdapter, ValueError: no such method, no weights for it, or a size that is none.
     """
+    if forks(method):
+        raise ValueError(f"{method!r}: generate decodes one thread; name what is to draft in it alone")
     kind = check_method(method)
     if kind and adapter is None:
         raise BadAdapter(f"method {method!r} needs trained weights: give adapter=PATH")

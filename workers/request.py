@@ -106,6 +106,15 @@ class Event:
 Sink = Callable[[Event], None]
 
 
+@dataclass(frozen=True)
+class Accepted:
+    """What a thread took in: tokens, their text, and of it what stands before a stop string of its own."""
+
+    tokens: list[int]
+    text: str
+    shown: str
+
+
 class Thread:
     """One generation thread: a path of tokens from the prompt on, of which ``table`` holds the keys and values.
 
@@ -143,7 +152,8 @@ class Thread:
     def _text_before(self) -> list[int]:
         """The last tokens whose text stands directly before this thread's first one."""
         spec = self.request.spec
-        if spec.whitespace == "published" or (self.parent is None and not spec.echo):
+        unwanted = not spec.echo if self.parent is None else spec.whitespace == "published"
+        if unwanted:
             return []
         hidden = {spec.fork, spec.forking.tokens.child} if spec.forking else set()
         return [token for token in self.token_ids[-8:] if token not in hidden][-4:]
@@ -187,30 +197,33 @@ class Thread:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def accept(self, tokens: list[int]) -> tuple[list[int], str]:
-        """Append tokens up to the first one that ends the thread; returns those appended and the text they show."""
-        shown = ""
+    def accept(self, tokens: list[int]) -> Accepted:
+        """Append tokens up to the first one that ends the thread."""
+        text = shown = ""
         for count, token in enumerate(tokens, 1):
             self.token_ids.append(token)
             if token in self.request.spec.stop_token_ids:
                 self.finish_reason = "stop"
             else:
-                shown += self._text_of(token)
+                said = self._text_of(token)
+                more, self.cut = self.stops.push(said)
+                text, shown = text + said, shown + more
                 if self.cut or (self.request.spec.stop_when and self.request.spec.stop_when(self.token_ids)):
                     self.finish_reason = "stop"
                 elif self.remaining <= 0:
                     self.finish_reason = "length"
+            if self.finish_reason or token == self.request.spec.fork:
+                shown += self.stops.flush()
             if self.finish_reason:
-                return tokens[:count], shown + self.stops.flush()
-        return tokens, shown
+                return Accepted(tokens[:count], text, shown)
+        return Accepted(tokens, text, shown)
 
     def _text_of(self, token: int) -> str:
         if token != self.request.spec.fork:
-            text, self.cut = self.stops.push(self.detokenizer.push(token))
-            return text
+            return self.detokenizer.push(token)
         if self.request.spec.whitespace == "published":  # which decodes what stands between forks alone
             self.detokenizer = Detokenizer(self.request.tokenizer)
-        return self.stops.flush()
+        return ""
 
 
 @dataclass
@@ -236,7 +249,8 @@ class Request:
         spec = self.spec
         self.samplings = spec.forking.samplings(spec.sampling) if spec.forking else (spec.sampling, spec.sampling)
         self.reading = ReadingOrder(spec.whitespace)
-        self.stops = StopScanner(spec.stop_strings)  # across the borders of threads; they have their own
+        self.stops = StopScanner(spec.stop_strings)  # these decide; the threads' own only end threads early
+        self.stopped = False
 
     def live_threads(self) -> int:
         """Threads that have not ended, running or not."""
@@ -260,9 +274,22 @@ class Request:
                 thread.finish_reason = reason
                 self.reading.finish(thread.number)
 
+    def read(self) -> tuple[str, list[TokenReport]]:
+        """What became readable since the last call; with a stop string all ends."""
+        text, reports = "", []
+        for said, items in self.reading.take():
+            shown, self.stopped = self.stops.push(said)
+            text += shown
+            reports += items
+            if self.stopped:
+                self.end("stop")
+                break
+        return text + (self.stops.flush() if self.finished else ""), reports
+
     def finish_reason(self) -> FinishReason:
-        """Stop, unless some thread ran into its length limit."""
-        return "length" if any(thread.finish_reason == "length" for thread in self.threads) else "stop"
+        """Stop, unless some thread of a text that no stop string ended ran into its length limit."""
+        cut = any(thread.finish_reason == "length" for thread in self.threads)
+        return "length" if cut and not self.stopped else "stop"
 
     def record(self, steps: list[ThreadStep], *, forward_ms: float, width: int, batch_width: int, kv: int) -> StepTrace:
         """Add a step to the trace."""

@@ -5,6 +5,7 @@ preempted because pages ran out; all of them are admitted in one order (earlier 
 soon as pages for their tokens are free. A preempted thread lost its pages and reads its tokens again.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -119,14 +120,12 @@ class Scheduler:
     def _admit(self) -> None:
         live = self._live()
         running = [thread for thread in live if not thread.waiting]
-        busy = {id(thread.request) for thread in running}
+        busy = Counter(id(thread.request) for thread in running)  # requests, and how many of their threads run
         for thread in live:
-            if not thread.waiting:
+            request = id(thread.request)
+            if not thread.waiting or busy[request] >= thread.request.spec.max_threads:
                 continue
-            request = thread.request
-            if sum(not other.waiting and not other.finished for other in request.threads) >= request.spec.max_threads:
-                continue
-            if id(request) not in busy and len(busy) >= self._max_requests:
+            if request not in busy and len(busy) >= self._max_requests:
                 return
             # One page of margin for every running thread keeps an admission from causing a preemption at once.
             if not running:
@@ -137,7 +136,7 @@ class Scheduler:
                 return  # nobody overtakes: a large request would wait for ever
             thread.waiting = False
             running.append(thread)
-            busy.add(id(request))
+            busy[request] += 1
 
     def _share_rows(self, threads: list[Thread]) -> list[Turn]:
         """Decoding threads first, whole; what is left goes in equal chunks to those that still read their prompts."""

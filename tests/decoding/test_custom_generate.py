@@ -110,3 +110,5 @@ def test_unknown_methods_and_sizes_are_refused_at_once() -> None:
         custom_generate("medusae")
     with pytest.raises(ValueError, match="level"):
         custom_generate("lookahead", level=2)
+    with pytest.raises(ValueError, match="generate decodes one thread"):
+        custom_generate("apar+ngram")

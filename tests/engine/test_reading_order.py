@@ -58,12 +58,16 @@ def test_text_grows_at_its_end_to_what_the_tree_says(texts: list[str], draws: Ra
             for number in (thread, child):  # neither forks before it has said something
                 growing[number].own = draws.choice(["x", "\n"])
                 order.push(number, growing[number].own)
-        shown += order.take()[0]
+        shown += text_of(order)
     for thread in growing:
         order.finish(thread)
     expected = plain(root) if whitespace == "plain" else flattened(root)
     assert order.snapshot() == expected
-    assert shown + order.take()[0] == expected
+    assert shown + text_of(order) == expected
+
+
+def text_of(order: ReadingOrder) -> str:
+    return "".join(text for text, _ in order.take())
 
 
 def test_a_cut_ends_what_follows_it() -> None:
@@ -76,7 +80,7 @@ def test_a_cut_ends_what_follows_it() -> None:
     order.push(2, "d")
     assert order.cut(1) == {0, 2}
     order.finish(1)
-    assert order.take() == ("ab", [])
+    assert text_of(order) == "ab"
 
 
 def test_what_came_with_a_text_comes_when_it_is_read() -> None:
@@ -84,8 +88,8 @@ def test_what_came_with_a_text_comes_when_it_is_read() -> None:
     order.push(0, "a", [1])
     order.fork(0, 1)
     order.push(0, "c", [3])
-    assert order.take() == ("a", [1])
+    assert order.take() == [("a", [1]), ("", [])]
     order.push(1, "b", [2])
     order.finish(1)
     order.finish(0)
-    assert order.take() == ("bc", [2, 3])
+    assert order.take() == [("b", [2]), ("c", [3])]

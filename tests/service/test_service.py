@@ -184,6 +184,9 @@ def test_worker_trace_has_apars_six_arrays(live: LiveWorker) -> None:
     both = live.client.post("/worker_trace", json={**body, "prompts": ["hello", "you"]}).json()
     assert both["responses"][-1][0] == trace["responses"][-1][0]
     assert both["g_to_i"][0] == {"0": 0, "1": 1}
+    for bad in ({"max_length": 3}, {"max_batch_size": 0}, {"max_depth": 0}):
+        refused = live.client.post("/worker_trace", json={**body, **bad})
+        assert refused.json()["error_code"] >= 40000 and "\n" not in refused.json()["text"]
 
 
 def open_stream(live: LiveWorker, **params: object) -> tuple[httpx.Client, httpx.Response]:

@@ -4,24 +4,32 @@ import json
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from tests.support.families import tiny_model
 from tests.support.tiny import CHILD, FORK, forking_checkpoint, save_tiny
 from tests.support.tokenizers import byte_tokenizer
 from training.answers import AnswerFile
-from training.apar import app, tree_loss
+from training.apar import app, tree_loss, with_lora
 from training.apar_data import Chat, Sample, is_repetitive, read_trees, sorted_out, write_data
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.structure import Structured, structure
 from workers.engine import Engine
 from workers.forking import ControlTokens
+from workers.model.lora import add_tokens
 
 CONTROL = ControlTokens(263, 264)
 LIST = (
@@ -143,6 +151,10 @@ def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
     options += ["--steps", 3, "--trees", 2]
     _run(*options, "--out", tmp_path / "apar")
     _run(*options, "--out", tmp_path / "again", "--resume")  # nothing is left to do
+    refused = CliRunner().invoke(
+        app, [str(one) for one in [*options, "--seed", 1, "--out", tmp_path / "x", "--resume"]]
+    )
+    assert "is of another training" in str(refused.exception)
     first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("apar", "again"))
     assert {tensor.dtype for tensor in first.values()} == {torch.float16}
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -150,6 +162,43 @@ def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
     assert origin["data"]["answers"] == {"all": 3, "fork": 1, "must not": 1}
     with Engine.load(str(model), method="apar", adapters={"apar": tmp_path / "apar"}, kv_tokens=512) as engine:
         assert list(engine.generate("Hello", max_new_tokens=3))[-1].finish_reason
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_learns_to_say_fork(tied: bool) -> None:
+    """Also one whose output table is not its input table: both rows of the token are trained."""
+    torch.manual_seed(0)
+    model: Any = tiny_model("llama")
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    tokenizer = byte_tokenizer()
+    added = add_tokens(model, tokenizer, ["[Fork]", "[Child]"])
+    found = structure(LIST)
+    assert found
+    tree = tree_of([1, 2, 3, 4], found, tokenizer, ControlTokens(added["[Fork]"], added["[Child]"]))
+    trained = with_lora(model, list(added.values()), rank=8)
+    optimizer = torch.optim.AdamW([one for one in trained.parameters() if one.requires_grad], lr=2e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        tree_loss(trained, [tree]).backward()
+        optimizer.step()
+    with torch.inference_mode():
+        logits = trained(torch.tensor([[*tree.prompt, *tree.root]])).logits[0]
+    assert all(int(logits[place - 1].argmax()) == added["[Fork]"] for place in tree.forks)
+
+
+def test_pieces_are_encoded_as_they_are_said() -> None:
+    """Also by a tokenizer that puts a space before whatever it encodes."""
+    core = Tokenizer(BPE(vocab={letter: place for place, letter in enumerate("▁abc.\n")}, merges=[], unk_token="c"))
+    core.pre_tokenizer = Metaspace(prepend_scheme="first")
+    core.decoder = MetaspaceDecoder(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="c")
+    found = Structured(("a:", "\nb:", "."), (" ab", " b"))
+    tree = tree_of([], found, tokenizer, CONTROL)
+    said = [token for token in tree.root if token != CONTROL.fork]
+    assert tokenizer.decode(said[:-1]).lstrip() == "".join(found.pieces).replace(":", "c")
+    assert [tokenizer.decode([0, *child[1:-1]]) for child in tree.children] == [" ab", " b"]
 
 
 def test_threads_are_answers_behind_the_paths_on_which_they_began(tmp_path: Path) -> None:

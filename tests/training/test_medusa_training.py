@@ -63,7 +63,7 @@ def test_a_killed_training_ends_with_the_same_heads(
     trained(states, learned, tmp_path / "killed.pt", stop_at=23)
     resumed = trained(states, learned, tmp_path / "killed.pt", resume=True)
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
-    with pytest.raises(ValueError, match="is of a training"):
+    with pytest.raises(ValueError, match="is of another training"):
         train_heads(
             states,
             output_projection(tiny_checkpoint().model),
