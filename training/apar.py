@@ -68,11 +68,13 @@ def with_lora(model: PreTrainedModel, tokens: Sequence[int], rank: int) -> Any:
     return get_peft_model(model, config)
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the trained parameters in 16 bits; they are merged in those of the model."""
+def save_adapter(model: Any, folder: Path, base: str) -> None:
+    """Write the trained parameters in 16 bits; ``base`` is the name of the model that they are merged in."""
     for parameter in Trained(model).parameters():
         parameter.data = parameter.data.half()
+    model.peft_config["default"].base_model_name_or_path = base  # not where it lay here
     model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's blank form
 
 
 def train_forking(
@@ -189,7 +191,7 @@ def main(
         model.save_pretrained(out)
         checkpoint.tokenizer.save_pretrained(out)
     else:
-        save_adapter(model, out)
+        save_adapter(model, out, checkpoint.name)
     (out / ADDED_TOKENS).write_text(json.dumps(added))
     loss_curve(losses, out / "loss.png")
     origin = provenance("training.apar", options, data / "apar.json", learned)

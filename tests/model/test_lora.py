@@ -34,7 +34,7 @@ def adapter(tmp_path: Path) -> Path:
             parameter.data = torch.normal(0, 0.2, parameter.shape).half().float()  # it is kept in 16 bits
     with torch.inference_mode():
         torch.save(trained(torch.arange(7, 30)[None]).logits, tmp_path / "logits.pt")
-    save_adapter(trained, tmp_path / "apar")
+    save_adapter(trained, tmp_path / "apar", "tiny")
     (tmp_path / "apar" / ADDED_TOKENS).write_text(json.dumps(added))
     return tmp_path / "apar"
 

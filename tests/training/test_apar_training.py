@@ -158,6 +158,8 @@ def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
     first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("apar", "again"))
     assert {tensor.dtype for tensor in first.values()} == {torch.float16}
     assert all(torch.equal(first[name], again[name]) for name in first)
+    assert json.loads((tmp_path / "apar" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    assert not (tmp_path / "apar" / "README.md").exists()
     origin = json.loads((tmp_path / "apar" / "provenance.json").read_text())
     assert origin["data"]["answers"] == {"all": 3, "fork": 1, "must not": 1}
     with Engine.load(str(model), method="apar", adapters={"apar": tmp_path / "apar"}, kv_tokens=512) as engine:
@@ -169,9 +171,9 @@ def test_a_model_learns_to_say_fork(tied: bool) -> None:
     """Also one whose output table is not its input table: both rows of the token are trained."""
     torch.manual_seed(0)
     model: Any = tiny_model("llama")
-    if not tied:
-        model.config.tie_word_embeddings = False
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
     tokenizer = byte_tokenizer()
     added = add_tokens(model, tokenizer, ["[Fork]", "[Child]"])
     found = structure(LIST)
