@@ -2,23 +2,21 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from threading import Event as Flag
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.verify import TIE
 from protocol.generation import GenerateParams
 from protocol.legacy_trace import legacy_trace
 from protocol.trace import RequestTrace
 from tests.decoding.test_medusa import heads_for
 from tests.decoding.test_ppd import written
 from tests.support.serving import wait_until
-from tests.support.tiny import CHILD, FORK, forking_checkpoint
+from tests.support.threads import Paths, assert_greedy, in_reading_order, paths_of, threads_of
+from tests.support.tiny import FORK, forking_checkpoint
 from workers.engine import Engine
 from workers.model.pages import PAGE_ROWS
 from workers.request import Event
@@ -34,79 +32,6 @@ def forking_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]
     adapters = {"medusa": heads_for("llama", folder), "ppd": written(folder / "ppd")}
     with Engine(forking_checkpoint, methods=METHODS, kv_tokens=8192, adapters=adapters) as engine:
         yield engine
-
-
-@dataclass
-class Told:
-    """What a thread was told by its events."""
-
-    parent: int | None = None
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-
-
-def threads_of(events: list[Event]) -> dict[int, Told]:
-    threads: dict[int, Told] = {}
-    for event in events:
-        for step in event.step.threads if event.step else []:
-            told = threads.setdefault(step.thread, Told(step.parent))
-            told.tokens += step.token_ids
-            told.text += step.text
-    return threads
-
-
-@dataclass
-class Path:
-    """A thread's whole path; its own tokens start at ``start``."""
-
-    tokens: list[int]
-    start: int
-
-    @property
-    def forks(self) -> list[int]:
-        return [place for place, token in enumerate(self.tokens) if token == FORK and place >= self.start]
-
-
-Paths = dict[tuple[int, ...], Path]
-
-
-def paths_of(threads: dict[int, Told], prompt: list[int]) -> Paths:
-    """Each thread's path by its number among its siblings, behind its parent's."""
-    places: dict[int, tuple[int, ...]] = {0: ()}
-    paths = {(): Path(prompt + threads[0].tokens, len(prompt))}
-    for number in sorted(threads)[1:]:
-        parent = threads[number].parent
-        assert parent is not None
-        above = places[parent]
-        child = sum(place[:-1] == above for place in paths if place)
-        prefix = [*paths[above].tokens[: paths[above].forks[child] + 1], CHILD]
-        places[number] = (*above, child)
-        paths[places[number]] = Path(prefix + threads[number].tokens, len(prefix))
-    return paths
-
-
-def in_reading_order(paths: Paths, place: tuple[int, ...] = ()) -> list[int]:
-    path, tokens = paths[place], []
-    for index in range(path.start, len(path.tokens)):
-        if path.tokens[index] != FORK:
-            tokens.append(path.tokens[index])
-        elif (child := (*place, path.forks.index(index))) in paths:
-            tokens += in_reading_order(paths, child)
-    return tokens
-
-
-@torch.inference_mode()
-def assert_greedy(path: Path, depth: int, *, bias: float, max_depth: int = 2, max_children: int = 64) -> None:
-    """Each own token is what plain decoding of the path alone chooses, with the bans."""
-    logits = forking_checkpoint().model(torch.tensor([path.tokens])).logits[0].float()
-    for place in range(path.start, len(path.tokens)):
-        row = logits[place - 1].clone()
-        row[FORK] += bias
-        row[CHILD] = -torch.inf
-        forked = sum(fork < place for fork in path.forks)
-        if depth >= max_depth or forked >= max_children or path.tokens[place - 1] in (FORK, CHILD):
-            row[FORK] = -torch.inf
-        assert row[path.tokens[place]] >= row.max() - TIE
 
 
 def ask(engine: Engine, **params: Any) -> tuple[str, Paths]:
@@ -131,7 +56,7 @@ def test_threads_fork_and_their_text_is_in_reading_order(forking_engine: Engine)
     assert len(paths) > 3
     assert text == decoded(in_reading_order(paths))
     for place, path in paths.items():
-        assert_greedy(path, 1 + len(place), bias=6.0)
+        assert_greedy(forking_checkpoint().model, path, 1 + len(place), bias=6.0)
 
 
 @given(
@@ -159,7 +84,9 @@ def test_whatever_forks_every_thread_decodes_its_own_path(
         assert text == decoded(in_reading_order(paths))
         assert (text, paths) == ask(engine, **options, **biased)
     for place, path in list(paths.items())[:20]:
-        assert_greedy(path, 1 + len(place), bias=bias, max_depth=max_depth, max_children=max_children)
+        assert_greedy(
+            forking_checkpoint().model, path, 1 + len(place), bias=bias, max_depth=max_depth, max_children=max_children
+        )
 
 
 @pytest.mark.parametrize(("method", "depth"), [("apar", 2), ("apar+medusa", 2), ("apar", 3)])
