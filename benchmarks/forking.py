@@ -2,9 +2,9 @@
 
 First turns are answered by threads, with and without drafts in them. Printed by category: how many answers fork, tokens
 a step, the most keys and values held at a time beside those of the same text decoded in order. With ``--clock`` each
-question is also answered by one thread at a time (the same text) and with forks banned, one request after another, and
-speeds are printed. Answers are kept (``--out``), so that an interrupted run goes on; ``benchmarks.forking_quality``
-reads them.
+question is also answered by one thread at a time (the same text) and with forks banned, one request after another, with
+draft sizes by the tuner, and speeds are printed. Answers are kept (``--out``), so that an interrupted run goes on;
+``benchmarks.forking_quality`` reads them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,8 +73,8 @@ def main(
     if clock:
         settings |= {ONE_THREAD: {"method": names[0], "max_threads": 1}, BASELINE: {"method": BASELINE}}
     kept = Kept(out, Answered)
-    with Engine.load(model_path, method=names, kv_tokens=KV_TOKENS) as engine:
-        WarmUp(engine, model_path).wait()
+    with Engine.load(model_path, method=names, kv_tokens=KV_TOKENS, tune=clock) as engine:
+        WarmUp(engine, model_path, measure=clock).wait()
 
         def answer(dataset: Dataset, place: int) -> None:
             for name in [*settings][place % len(settings) :] + [*settings][: place % len(settings)]:

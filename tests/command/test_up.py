@@ -20,8 +20,11 @@ def _deployment(**keys: object) -> Deployment:
 def test_the_demo_is_packaged_and_complete() -> None:
     demo = load_deployment("demo")
     assert (demo.controller.port, demo.page.port) == (21001, 7860)
-    (worker,) = demo.workers
-    assert (worker.model, worker.methods) == ("smollm2-135m", ["vanilla", "ngram", "lookahead", "medusa", "ppd"])
+    offered = {worker.model: worker.methods for worker in demo.workers}
+    assert offered == {
+        "smollm2-135m": ["vanilla", "ngram", "lookahead", "medusa", "ppd"],
+        "smollm2-135m-apar": ["apar", "apar+ngram"],
+    }
 
 
 @pytest.mark.parametrize(

