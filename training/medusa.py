@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from training.answers import own_answers
 from training.examples import examples_of, held_out, is_held_out, most_used
@@ -27,7 +28,8 @@ from training.prompts import benchmarks_of, load_prompts
 from training.provenance import fingerprint, provenance
 from training.vocabulary_loss import vocabulary_loss
 from workers.decoding.heads import MedusaHeads
-from workers.decoding.medusa_checkpoint import save_heads
+from workers.decoding.interface import BadAdapter
+from workers.decoding.medusa_checkpoint import load_heads, save_heads
 from workers.decoding.registry import BASELINE
 from workers.model.checkpoint import load_checkpoint
 from workers.model.devices import find_device, find_dtype
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 DECAY = 0.8  # of the loss from head to head
 DROPOUT = 0.1  # of the states
-SHOWN = {"model_path", "count", "new_tokens", "method", "heads", "layers", "plain", "vocabulary"}
+SHOWN = {"model_path", "start", "count", "new_tokens", "method", "heads", "layers", "plain", "vocabulary"}
 SHOWN |= {"epochs", "batch", "learning_rate", "seed"}  # options that make the heads what they are
 
 
@@ -57,6 +59,9 @@ def main(
         bool, typer.Option("--plain", help="read the state alone, as published layouts do, not the chosen token")
     ] = False,
     vocabulary: Annotated[int, typer.Option(help="tokens that heads guess from, the most used; 0: all")] = 8192,
+    start: Annotated[
+        Path | None, typer.Option(help="heads to go on from, such as of the model that this was tuned from")
+    ] = None,
     epochs: float = 4,
     batch: Annotated[int, typer.Option(help="places a step")] = 1024,
     learning_rate: float = 2e-3,
@@ -70,17 +75,13 @@ def main(
     learned = own_answers(model_path, chosen, new_tokens, cache / "answers.jsonl", method)
     device = find_device(None)
     checkpoint = load_checkpoint(model_path, dtype=find_dtype(None, device), device=device)
-    states = hidden_states(checkpoint.model, learned, heads, cache, fast=True)
     options = {name: value for name, value in locals().items() if name in SHOWN}
-    projection = output_projection(checkpoint.model).float()
-    token_ids = most_used(learned, vocabulary, len(projection)) if vocabulary else None
+    token_ids = most_used(learned, vocabulary, len(output_projection(checkpoint.model))) if vocabulary else None
+    untrained = heads_to_train(checkpoint.model, token_ids, start, heads=heads, layers=layers, plain=plain)
+    states = hidden_states(checkpoint.model, learned, len(untrained), cache, fast=True)
     trained, losses = train_heads(
         states,
-        projection,
-        token_ids,
-        None if plain else input_embeddings(checkpoint.model).float(),
-        heads=heads,
-        layers=layers,
+        untrained,
         schedule=Schedule(max(1, int(epochs * len(states.states) / batch)), learning_rate),
         batch=batch,
         seed=seed,
@@ -95,14 +96,29 @@ def main(
     (out / "provenance.json").write_text(json.dumps(provenance("training.medusa", options, prompts, learned), indent=1))
 
 
+def heads_to_train(
+    model: PreTrainedModel, token_ids: torch.Tensor | None, start: Path | None, *, heads: int, layers: int, plain: bool
+) -> MedusaHeads:
+    """Heads on ``model``'s projection of ``token_ids`` int64[V'] (None: all): blank ones, or those of ``start``.
+
+    Raises:
+        BadAdapter: those of ``start`` were made for another shape, or have projections of their own.
+    """
+    projection = output_projection(model).float()
+    shared = projection if token_ids is None else projection[token_ids]
+    embeddings = input_embeddings(model).float()
+    if start is None:
+        return MedusaHeads.blank(heads, layers, shared, token_ids, None if plain else embeddings)
+    begun = load_heads(start, model).float()
+    if begun.projection.ndim == 3:
+        raise BadAdapter(f"{start}: heads with projections of their own are served, but not trained")
+    return MedusaHeads(begun.weight, begun.bias, shared, token_ids, begun.token_weight, embeddings)
+
+
 def train_heads(
     states: HiddenStates,
-    projection: torch.Tensor,
-    token_ids: torch.Tensor | None,
-    embeddings: torch.Tensor | None,
+    heads: MedusaHeads,
     *,
-    heads: int,
-    layers: int,
     schedule: Schedule,
     batch: int,
     seed: int,
@@ -111,14 +127,10 @@ def train_heads(
     of: str = "",
     stop_at: int | None = None,
 ) -> tuple[MedusaHeads, list[float]]:
-    """New heads on ``projection`` float[V, h] and the losses of their training; see :func:`training.loop.train`.
-
-    With ``embeddings`` float[V, h] they read the chosen token too.
-    """
+    """``heads``, trained, and the losses of their training; see :func:`training.loop.train`."""
     accelerator = Accelerator()
-    shared = projection if token_ids is None else projection[token_ids]
-    made = MedusaHeads.blank(heads, layers, shared, token_ids, embeddings).to(accelerator.device)
-    examples = examples_of(states, token_ids, kept=~is_held_out(states))
+    made = heads.to(accelerator.device)
+    examples = examples_of(states, made.token_ids, kept=~is_held_out(states))
     dtype = product_dtype(accelerator.device)
     rows = made.projection.to(dtype)
 
@@ -135,7 +147,7 @@ def train_heads(
             * vocabulary_loss(
                 features[head], examples.teacher(places, head, accelerator.device), rows, targets[:, head] != -1, dtype
             )
-            for head in range(heads)
+            for head in range(len(made))
         ]
         return torch.stack(losses).sum()
 

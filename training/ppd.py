@@ -30,7 +30,7 @@ from training.prompt_rows import prompt_states, read_texts
 from training.prompts import benchmarks_of, load_prompts
 from training.provenance import fingerprint, provenance
 from training.vocabulary_loss import vocabulary_loss
-from workers.decoding.ppd_checkpoint import save_prompt_tokens
+from workers.decoding.ppd_checkpoint import load_prompt_tokens, save_prompt_tokens
 from workers.decoding.prompt_tokens import ATTENTIONS, Attention, PromptTokens
 from workers.decoding.registry import BASELINE
 from workers.model.checkpoint import load_checkpoint
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 DECAY = 0.8  # of the loss from special token to special token
 NOISE = 0.01  # that virtual tokens of one special token start apart
-SHOWN = {"model_path", "words", "count", "new_tokens", "method", "special", "virtual", "attention"}
+SHOWN = {"model_path", "start", "words", "count", "new_tokens", "method", "special", "virtual", "attention"}
 SHOWN |= {"steps", "texts", "places", "learning_rate", "seed"}  # options that make the tokens what they are
 
 
@@ -62,6 +62,10 @@ def main(
     special: Annotated[int, typer.Option(min=1, help="S, tokens ahead that are guessed")] = 3,
     virtual: Annotated[int, typer.Option(min=1, help="v, rows for each of them")] = 1,
     attention: Annotated[str, typer.Option(help=", ".join(ATTENTIONS))] = "ensemble",
+    start: Annotated[
+        Path | None,
+        typer.Option(help="prompt tokens to go on from, such as of the model that this was tuned from"),
+    ] = None,
     steps: int = 2000,
     texts: Annotated[int, typer.Option(min=1, help="answers a step")] = 2,
     places: Annotated[int, typer.Option(min=1, help="places of an answer that a step learns from")] = 48,
@@ -90,10 +94,12 @@ def main(
             conversations, checkpoint, benchmarks, special=special, own=words == "model", seed=seed, cache=kept
         )[:count]
     first = int((1 - HELD_OUT) * len(answered))
+    blank = blank_tokens(checkpoint.model, special, virtual, attention, seed)
+    untrained = load_prompt_tokens(start, checkpoint.model) if start else blank
     learned, losses = train_prompt_tokens(
         checkpoint.model,
         answered[:first],
-        blank_tokens(checkpoint.model, special, virtual, attention, seed),
+        untrained,
         texts=texts,
         places=places,
         schedule=Schedule(steps, learning_rate),
@@ -136,7 +142,7 @@ def train_prompt_tokens(
     """
     accelerator = Accelerator()
     model.requires_grad_(False)
-    module = _Embeddings(tokens.embeddings.to(accelerator.device))
+    module = _Embeddings(tokens.embeddings.to(accelerator.device, torch.float32))
     seen, started = 0, perf_counter()
 
     def loss_of(step: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from training.examples import examples_of, held_out, most_used
 from training.head_accuracy import accuracies, write_measures
 from training.hidden import HiddenStates, hidden_states
 from training.loop import Schedule
-from training.medusa import train_heads
+from training.medusa import heads_to_train, train_heads
 from training.prompts import Benchmarks, load_prompts, read_questions
 from workers.decoding.heads import MedusaHeads
 from workers.decoding.medusa_checkpoint import load_heads, save_heads
@@ -30,20 +30,23 @@ def states(learned: list[Answer], tmp_path_factory: pytest.TempPathFactory) -> H
     return hidden_states(tiny_checkpoint().model, learned, 3, tmp_path_factory.mktemp("hidden"))
 
 
-def trained(states: HiddenStates, learned: list[Answer], checkpoint: Path, **options: object) -> MedusaHeads:
-    projection = output_projection(tiny_checkpoint().model)
-    settings = {"resume": False, "stop_at": None, "embeddings": projection, **options}
+def untrained(learned: list[Answer], *, start: Path | None = None, plain: bool = False) -> MedusaHeads:
+    model = tiny_checkpoint().model
+    token_ids = most_used(learned, 64, len(output_projection(model)))
+    return heads_to_train(model, token_ids, start, heads=3, layers=1, plain=plain)
+
+
+def trained(
+    states: HiddenStates, learned: list[Answer], checkpoint: Path, *, plain: bool = False, **options: object
+) -> MedusaHeads:
     return train_heads(
         states,
-        projection,
-        most_used(learned, 64, len(projection)),
-        heads=3,
-        layers=1,
+        untrained(learned, plain=plain),
         schedule=Schedule(60, 1e-2),
         batch=64,
         seed=1,
         checkpoint=checkpoint,
-        **settings,  # type: ignore[arg-type]
+        **{"resume": False, "stop_at": None, **options},  # type: ignore[arg-type]
     )[0]
 
 
@@ -66,11 +69,7 @@ def test_a_killed_training_ends_with_the_same_heads(
     with pytest.raises(ValueError, match="is of another training"):
         train_heads(
             states,
-            output_projection(tiny_checkpoint().model),
-            None,
-            None,
-            heads=3,
-            layers=1,
+            untrained(learned),
             schedule=Schedule(61, 1e-2),
             batch=64,
             seed=1,
@@ -84,10 +83,10 @@ def test_trained_heads_are_saved_loaded_and_accepted(
 ) -> None:
     heads = trained(states, learned, tmp_path / "state.pt")
     token_ids = heads.token_ids
-    blank = MedusaHeads.blank(3, 1, heads.projection, token_ids)
+    blank = untrained(learned)
     examples = examples_of(states, token_ids, kept=np.ones(len(states.states), dtype=bool))
     measured = accuracies(heads, examples)
-    plain = trained(states, learned, tmp_path / "plain.pt", embeddings=None)
+    plain = trained(states, learned, tmp_path / "plain.pt", plain=True)
     assert measured[0][0] > accuracies(plain, examples)[0][0] > accuracies(blank, examples)[0][0]
     assert 0 < len(held_out(states, token_ids).states) < len(states.states) / 4
     assert all(0 <= sum(ranks) <= 1 for ranks in measured)
@@ -97,6 +96,8 @@ def test_trained_heads_are_saved_loaded_and_accepted(
     loaded = load_heads(tmp_path / "heads", tiny_checkpoint().model)
     assert torch.allclose(loaded.weight, heads.weight, atol=1e-2)
     assert torch.equal(loaded.token_ids, token_ids)  # type: ignore[arg-type]
+    begun = untrained(learned, start=tmp_path / "heads")
+    assert accuracies(begun, examples)[0][0] == pytest.approx(measured[0][0], abs=0.02)  # saved in bfloat16
     assert len(json.loads((tmp_path / "heads" / "tree.json").read_text())) <= 64
     with tiny_engine(methods=["medusa"], adapters={"medusa": tmp_path / "heads"}, tune=False) as engine:
         setting, records = Setting.parse("medusa:nodes=12"), records_of(engine, learned, tmp_path)

@@ -12,6 +12,7 @@ from tests.support.tiny import tiny_checkpoint
 from training.hidden import HiddenStates
 from training.loop import Schedule
 from training.medusa import train_heads
+from workers.decoding.heads import MedusaHeads
 from workers.model.quantization import output_projection
 
 
@@ -26,11 +27,7 @@ def train_tiny(folder: Path, name: str) -> None:
     )
     heads, losses = train_heads(
         states,
-        projection,
-        None,
-        projection,
-        heads=2,
-        layers=1,
+        MedusaHeads.blank(2, 1, projection, embeddings=projection),
         schedule=Schedule(12, 1e-3),
         batch=64,
         seed=0,
