@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import psutil
@@ -22,10 +22,10 @@ import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.verify import stock_attention
 from protocol.generation import GenerateParams
 from traces.datasets import load_datasets
 from workers.engine import Engine
-from workers.model.attention import OVER_SDPA
 from workers.model.runner import ModelRunner
 from workers.request import Event
 from workers.warm_up import WarmUp
@@ -99,15 +99,12 @@ def theirs(engine: Engine, question: str, new_tokens: int) -> Timed:
 
     def work(runner: ModelRunner) -> Timed:
         assert params.messages is not None
-        model: Any = runner.model  # transformers types `generate` as a tensor
-        model.set_attn_implementation("sdpa")
-        started = time.perf_counter()
-        ids = torch.tensor([engine.renderer.render(params.messages).token_ids])
-        mask = torch.ones_like(ids)
-        with torch.inference_mode():
+        with stock_attention(runner) as model, torch.inference_mode():
+            started = time.perf_counter()
+            ids = torch.tensor([engine.renderer.render(params.messages).token_ids])
+            mask = torch.ones_like(ids)
             out = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
-        seconds = time.perf_counter() - started
-        model.set_attn_implementation(OVER_SDPA)
+            seconds = time.perf_counter() - started
         return Timed(out.shape[1] - ids.shape[1], seconds)
 
     return engine.between_steps(work).result()

@@ -7,6 +7,7 @@ file and not asked again.
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,24 +110,30 @@ def tokens_of(queue: "SimpleQueue[Event]") -> list[int]:
             return tokens
 
 
-def compare(engine: Engine, case: Case, ours: list[int], runner: ModelRunner) -> dict[str, Any]:
-    """Ours against ``generate``: equal, a tie (at the first difference both logits lie within TIE), or different."""
+@contextmanager
+def stock_attention(runner: ModelRunner) -> Iterator[Any]:
+    """The model with transformers' own attention."""
     model: Any = runner.model  # transformers types `generate` as a tensor
-    prompt = engine.renderer.render([ChatMessage(role="user", content=case.question)]).token_ids
     model.set_attn_implementation("sdpa")
     try:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(ours), do_sample=False)
-            theirs = out[0, len(prompt) :].tolist()
-            if ours == theirs:
-                return {"verdict": "equal", "tokens": len(ours)}
-            pairs = zip(ours, theirs, strict=False)
-            first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-            if first == min(len(ours), len(theirs)):
-                return {"verdict": "different", "at": first, "ours": ours, "theirs": theirs}
+        yield model
     finally:
         model.set_attn_implementation(OVER_SDPA)
+
+
+def compare(engine: Engine, case: Case, ours: list[int], runner: ModelRunner) -> dict[str, Any]:
+    """Ours against ``generate``: equal, a tie (at the first difference both logits lie within TIE), or different."""
+    prompt = engine.renderer.render([ChatMessage(role="user", content=case.question)]).token_ids
+    ids = torch.tensor([prompt])
+    with stock_attention(runner) as model, torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(ours), do_sample=False)
+    theirs = out[0, len(prompt) :].tolist()
+    if ours == theirs:
+        return {"verdict": "equal", "tokens": len(ours)}
+    pairs = zip(ours, theirs, strict=False)
+    first = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    if first == min(len(ours), len(theirs)):
+        return {"verdict": "different", "at": first, "ours": ours, "theirs": theirs}
     gap = logit_gap(prompt + theirs[:first], ours[first], theirs[first], runner)
     verdict = "tie" if gap <= TIE else "different"
     return {"verdict": verdict, "at": first, "gap": gap, "ours": ours, "theirs": theirs}
@@ -134,14 +141,9 @@ def compare(engine: Engine, case: Case, ours: list[int], runner: ModelRunner) ->
 
 def logit_gap(path: list[int], one: int, other: int, runner: ModelRunner) -> float:
     """How far apart the logits of two tokens behind a path are by the model's stock forward pass."""
-    model: Any = runner.model
-    model.set_attn_implementation("sdpa")
-    try:
-        with torch.inference_mode():
-            logits = model(torch.tensor([path], device=runner.device), use_cache=False).logits[0, -1]
-        return abs(float(logits[one] - logits[other]))
-    finally:
-        model.set_attn_implementation(OVER_SDPA)
+    with stock_attention(runner) as model, torch.inference_mode():
+        logits = model(torch.tensor([path], device=runner.device), use_cache=False).logits[0, -1]
+    return abs(float(logits[one] - logits[other]))
 
 
 def passed(results: Results) -> bool:

@@ -185,6 +185,22 @@ def joined(deltas: Iterable[ThreadDelta]) -> list[ThreadDelta]:
     return list(threads.values())
 
 
+def thread_deltas(steps: Iterable[StepTrace]) -> list[ThreadDelta]:
+    """What the steps added to each thread."""
+    return joined(
+        ThreadDelta(
+            thread=thread.thread,
+            parent=thread.parent,
+            text=thread.text,
+            token_ids=thread.token_ids,
+            token_logprobs=thread.token_logprobs,
+            finish_reason=thread.finish_reason,
+        )
+        for step in steps
+        for thread in step.threads
+    )
+
+
 class StreamFrame(Wire):
     """One frame of an answer. ``text`` is all of it so far, or the new part where ``text_deltas`` was asked for."""
 

@@ -4,13 +4,12 @@ They are what heads and prompt tokens learn to foresee (self-distillation), and 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.generation import ChatMessage
-from protocol.trace import ThreadStep
+from protocol.generation import ChatMessage, ThreadDelta, thread_deltas
 from training.kept import Kept
 from workers.decoding.registry import BASELINE
 from workers.engine import Engine
@@ -60,18 +59,10 @@ class AnswerFile:
         if known := self._known(engine, (engine.name, method, new_tokens, tuple(prompt))):
             return known
         events = engine.generate(messages, method=method, temperature=0, max_new_tokens=new_tokens)
-        steps = [thread for event in events if event.step for thread in event.step.threads]
-        paths = _paths(steps, prompt, engine.control)
+        told = {thread.thread: thread for thread in thread_deltas(event.step for event in events if event.step)}
         threads = [
-            Answer(
-                engine.name,
-                new_tokens,
-                path,
-                [token for step in steps if step.thread == number for token in step.token_ids],
-                "".join(step.text for step in steps if step.thread == number),
-                method,
-            )
-            for number, path in sorted(paths.items())
+            Answer(engine.name, new_tokens, path, told[number].token_ids, told[number].text, method)
+            for number, path in _paths(told, prompt, engine.control).items()
         ]
         for thread in reversed(threads):  # the first one last: where it is known, the others are
             self._kept.add(thread)
@@ -90,17 +81,13 @@ class AnswerFile:
         return [answer for answer in self._kept.found.values() if answer.model == model]
 
 
-def _paths(steps: Sequence[ThreadStep], prompt: list[int], control: ControlTokens | None) -> dict[int, list[int]]:
-    """Thread → the path on which it began: a thread's k-th child began at its k-th fork."""
-    parents = {step.thread: step.parent for step in steps}
+def _paths(told: Mapping[int, ThreadDelta], prompt: list[int], control: ControlTokens | None) -> dict[int, list[int]]:
+    """Thread → the path on which it began, in order: a thread's k-th child began at its k-th fork."""
     paths: dict[int, list[int]] = {}
-    for thread, parent in sorted(parents.items()):
-        if parent is None:
-            paths[thread] = prompt
-            continue
-        tokens = [token for step in steps if step.thread == parent for token in step.token_ids]
-        place = sum(above == parent for other, above in parents.items() if other < thread)
-        paths[thread] = _forked(paths[parent], tokens, control)[place]
+    ahead: dict[int | None, Iterator[list[int]]] = {None: iter([prompt])}  # by parent, where its next child begins
+    for number in sorted(told):
+        paths[number] = next(ahead[told[number].parent])
+        ahead[number] = iter(_forked(paths[number], told[number].token_ids, control))
     return paths
 
 

@@ -25,7 +25,7 @@ from training.apar_data import Chat, Sample, read_chats, read_plain, read_trees,
 from training.loop import Schedule, train
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.pictures import bar_picture, loss_curve
-from training.precision import has_fast_bfloat16
+from training.precision import product_dtype
 from training.prompts import benchmarks_of, load_prompts
 from training.provenance import fingerprint, named, provenance
 from workers.forking import NAMES, ControlTokens
@@ -166,7 +166,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = {name: value for name, value in locals().items() if name in SHOWN}
     device = find_device(None)
-    dtype = torch.bfloat16 if has_fast_bfloat16(device) and not full else torch.float32
+    dtype = torch.float32 if full else product_dtype(device)
     checkpoint = load_checkpoint(model_path, dtype=dtype, device=device)
     added = add_tokens(checkpoint.model, checkpoint.tokenizer, list(NAMES[0]))
     control = ControlTokens(fork=added[NAMES[0][0]], child=added[NAMES[0][1]])

@@ -59,8 +59,9 @@ def train(
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     losses: list[float] = []
+    made = {**asdict(schedule), "of": of}
     if resume and checkpoint.is_file():
-        losses = _restore(module, optimizer, {**asdict(schedule), "of": of}, checkpoint)
+        losses = _restore(module, optimizer, made, checkpoint)
         logger.info("going on at step %d of %d", len(losses), schedule.steps)
     started, first = perf_counter(), len(losses)
     reported = saved = started
@@ -75,7 +76,7 @@ def train(
             logger.info("step %d of %d, loss %.3f, %.1f minutes to go", len(losses), schedule.steps, mean, ahead / 60)
         if (now - saved > SAVE_S or len(losses) == last) and accelerator.is_main_process:
             saved = now
-            _save(module, optimizer, {**asdict(schedule), "of": of}, losses, checkpoint)
+            _save(module, optimizer, made, losses, checkpoint)
     return losses
 
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from transformers import PreTrainedTokenizerBase
 
 from protocol.errors import RequestError
-from protocol.generation import GenerateParams, Logprobs, StreamFrame, ThreadDelta, Usage, error_frame, joined
-from protocol.trace import RequestTrace, StepTrace
+from protocol.generation import GenerateParams, Logprobs, StreamFrame, Usage, error_frame, thread_deltas
+from protocol.trace import RequestTrace
 from workers.engine import Engine
 from workers.model.sampling import TokenLogprobs
 from workers.request import Event, Request, TokenReport
@@ -82,7 +82,7 @@ class FrameWriter:
         if self._params.trace:
             steps = [event.step for event in events if event.step]
             frame.trace = steps
-            frame.threads = _thread_deltas(steps)
+            frame.threads = thread_deltas(steps)
             frame.trace_header = next((event.header for event in events if event.header), None)
         return frame
 
@@ -179,20 +179,4 @@ def _usage(event: Event) -> Usage:
         prompt_tokens=event.prompt_tokens,
         completion_tokens=event.completion_tokens,
         total_tokens=event.prompt_tokens + event.completion_tokens,
-    )
-
-
-def _thread_deltas(steps: list[StepTrace]) -> list[ThreadDelta]:
-    """What the steps added to each thread."""
-    return joined(
-        ThreadDelta(
-            thread=thread.thread,
-            parent=thread.parent,
-            text=thread.text,
-            token_ids=thread.token_ids,
-            token_logprobs=thread.token_logprobs,
-            finish_reason=thread.finish_reason,
-        )
-        for step in steps
-        for thread in step.threads
     )

@@ -21,6 +21,7 @@ from protocol.errors import ErrorCode, RequestError
 from protocol.fleet import EmbeddingsParams, LatencyTable, ModelDetails, ModelQuery, WorkerStatus, WorkerTraceParams
 from protocol.generation import GenerateParams, error_frame
 from protocol.legacy_trace import legacy_trace
+from protocol.trace import RequestTrace
 from protocol.wire import parse_body
 from workers.answer import frames, whole_trace
 from workers.decoding.registry import BASELINE, FORKING, forks
@@ -178,29 +179,24 @@ async def _last(encoded: AsyncGenerator[bytes, None]) -> bytes:
 
 async def _traces(worker: Worker, params: WorkerTraceParams, request_id: str) -> dict[str, Any]:
     prompts = [params.prompts] if isinstance(params.prompts, str) else params.prompts
+
+    async def trace(index: int, prompt: str) -> RequestTrace:
+        asked = GenerateParams(
+            model=params.model,
+            prompt=prompt,
+            max_length=params.max_length,
+            temperature=0.0,
+            max_depth=params.max_depth,
+            max_live_threads=params.max_batch_size,
+            max_threads=params.max_batch_size,  # none of those that live waits
+            echo=False,
+            trace="full",
+        )
+        return await whole_trace(worker.engine, asked, request_id=f"{request_id}-{index}", defaults=worker.defaults)
+
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(
-                    whole_trace(
-                        worker.engine,
-                        GenerateParams(
-                            model=params.model,
-                            prompt=prompt,
-                            max_length=params.max_length,
-                            temperature=0.0,
-                            max_depth=params.max_depth,
-                            max_live_threads=params.max_batch_size,
-                            max_threads=params.max_batch_size,  # none of those that live waits
-                            echo=False,
-                            trace="full",
-                        ),
-                        request_id=f"{request_id}-{index}",
-                        defaults=worker.defaults,
-                    )
-                )
-                for index, prompt in enumerate(prompts)
-            ]
+            tasks = [group.create_task(trace(index, prompt)) for index, prompt in enumerate(prompts)]
     except ExceptionGroup as errors:  # one prompt refused is all refused
         raise errors.exceptions[0] from None
     return legacy_trace(*(task.result() for task in tasks)).model_dump()

@@ -12,12 +12,11 @@ from benchmarks.answers import vanilla_answers
 from benchmarks.methods import Results
 from benchmarks.settings import Setting
 from benchmarks.side_by_side import worker_memory
-from benchmarks.verify import Case, answers, compare
+from benchmarks.verify import Case, answers, compare, stock_attention
 from protocol.generation import ChatMessage
 from tests.support.threads import Paths, assert_greedy, paths_of, threads_of
 from traces.datasets import Dataset, load_datasets
 from workers.engine import Engine
-from workers.model.attention import OVER_SDPA
 from workers.model.checkpoint import load_checkpoint
 from workers.model.runner import ModelRunner
 
@@ -80,12 +79,9 @@ def test_it_learned_to_fork() -> None:
 
 
 def _assert_all_greedy(paths: Paths, runner: ModelRunner) -> None:
-    runner.model.set_attn_implementation("sdpa")
-    try:
+    with stock_attention(runner) as model:
         for place, path in paths.items():
-            assert_greedy(runner.model, path, 1 + len(place))
-    finally:
-        runner.model.set_attn_implementation(OVER_SDPA)
+            assert_greedy(model, path, 1 + len(place))
 
 
 def test_it_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ class Told:
 
     parent: int | None = None
     tokens: list[int] = field(default_factory=list)
-    text: str = ""
 
 
 def threads_of(events: list[Event]) -> dict[int, Told]:
@@ -29,7 +28,6 @@ def threads_of(events: list[Event]) -> dict[int, Told]:
         for step in event.step.threads if event.step else []:
             told = threads.setdefault(step.thread, Told(step.parent))
             told.tokens += step.token_ids
-            told.text += step.text
     return threads
 
 
