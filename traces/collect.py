@@ -54,7 +54,10 @@ class Collector:
         await asyncio.gather(*map(work, jobs))
 
     async def _record(self, question: Question) -> Record:
-        """All turns of a question, each with the answers before it as history. A failure is recorded, not raised."""
+        """All turns of a question, each with the answers before it as history. A failure is recorded, not raised.
+
+        Answers that leave no room for a later turn are no failure: asked again, they would be as long.
+        """
         record: Record = {**question.model_dump(), **self._settings.identity(), "answers": [], "traces": []}
         messages: list[dict[str, str]] = []
         try:
@@ -65,7 +68,8 @@ class Collector:
                 record["answers"].append(answer.text)
                 record["traces"].append(answer.trace.model_dump(mode="json", exclude_none=True))
         except RequestError as error:
-            record["error"] = error.message
+            full = error.code == ErrorCode.CONTEXT_OVERFLOW and record["answers"]
+            record["left_out" if full else "error"] = error.message
         return record
 
     async def _ask(self, messages: list[dict[str, str]]) -> Answer:

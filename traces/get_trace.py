@@ -126,10 +126,11 @@ class GetTrace:
                 def finished(job: Job, record: Record) -> None:
                     nonlocal failed
                     progress.advance(bars[job.results.path])
-                    if "error" in record:
-                        failed += 1
+                    failed += "error" in record
+                    if said := record.get("error") or record.get("left_out"):
                         name = f"{job.results.path.stem} question {record['question_id']}"
-                        progress.console.print(f"{name}: {record['error']}", style="red", markup=False, soft_wrap=True)
+                        style = "red" if "error" in record else "yellow"
+                        progress.console.print(f"{name}: {said}", style=style, markup=False, soft_wrap=True)
 
                 await Collector(client, self._settings).run(jobs, concurrency, finished)
         return failed

@@ -12,7 +12,7 @@ from protocol.legacy_trace import legacy_trace
 from protocol.trace import RequestTrace
 from traces.results import Record, ResultFile, is_finished
 
-_OURS = ("model", "method", "parameters", "answers", "traces", "error")
+_OURS = ("model", "method", "parameters", "answers", "traces", "error", "left_out")
 
 
 def legacy_path(results: ResultFile) -> Path:

@@ -1,7 +1,8 @@
 """The result file of one data set: a journal while a run goes on, in the order of the questions at its end.
 
 One JSON object a line: the question's own keys, then ``model``, ``method`` (where one was asked for), ``parameters``,
-``answers``, ``traces`` and, for a question that failed, ``error``. Lines are appended as questions finish, so that a
+``answers``, ``traces`` and, for a question that failed, ``error``; where the answers left no room for a later turn,
+``left_out`` says so, and the question counts as finished. Lines are appended as questions finish, so that a
 run that dies loses only what was in flight.
 """
 
@@ -22,8 +23,8 @@ class ResultError(Exception):
 
 
 def is_finished(record: Record) -> bool:
-    """Whether the question was answered to its end."""
-    return "error" not in record and len(record["traces"]) == len(record["turns"])
+    """Whether the question was answered to its end, or as far as its turns fit into the context."""
+    return "left_out" in record or ("error" not in record and len(record["traces"]) == len(record["turns"]))
 
 
 class ResultFile:

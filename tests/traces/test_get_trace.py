@@ -105,7 +105,7 @@ def test_legacy_export_is_aligned_with_the_native_one(stub: StubController, ques
 def test_a_failing_question_does_not_end_the_run(
     stub: StubController, questions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refusal = Behaviour(refuse=RequestError(ErrorCode.CONTEXT_OVERFLOW, "too long"))
+    refusal = Behaviour(refuse=RequestError(ErrorCode.PARAM_OUT_OF_RANGE, "too long"))
     stub.behave = lambda body: refusal if last_question(body) == "again 5" else Behaviour()
     assert _run(stub, questions) == 1
     printed = capsys.readouterr().out
@@ -119,6 +119,21 @@ def test_a_failing_question_does_not_end_the_run(
     assert [last_question(body) for body in stub.requests] == ["q5", "again 5"]
     assert [record["question_id"] for record in _records(questions)] == [1, 2, 3, 4, 5, 6]
     assert not any("error" in record for record in _records(questions))
+
+
+def test_a_turn_that_does_not_fit_is_left_out(
+    stub: StubController, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = Behaviour(refuse=RequestError(ErrorCode.CONTEXT_OVERFLOW, "no room"))
+    stub.behave = lambda body: full if last_question(body) in ("again 5", "q2") else Behaviour()
+    assert _run(stub, questions) == 1
+    printed = capsys.readouterr().out
+    assert "small question 5: no room" in printed
+    assert "1 of 6 questions failed" in printed  # the one whose first turn does not fit
+    assert [record.get("left_out") for record in _records(questions)] == [None] * 4 + ["no room", None]
+    stub.requests = []
+    _run(stub, questions, "--resume")
+    assert [last_question(body) for body in stub.requests] == ["q2"]
 
 
 def test_questions_wait_for_a_worker_that_comes_back(stub: StubController, questions: Path) -> None:
