@@ -7,7 +7,7 @@ TORCH := 2.13.0
 PACKAGES := protocol controller workers training traces webui polydecode configs benchmarks
 RUNS ?= runs
 
-.PHONY: help install demo test verify check format trace bench train-medusa train-ppd train-apar clean
+.PHONY: help install demo test verify check format trace bench train-medusa train-ppd train-apar tune-apar clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,18 +57,27 @@ bench: install ## vanilla beside transformers' generate, and 8 streams beside on
 # PROMPTS: JSONL with a prompt a line. AVOID: benchmark files whose questions must not be trained on. MODEL: an embedded one.
 MODEL ?= smollm2-135m
 ADAPTER = configs/adapters/$(MODEL)
-LEARN = --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --count 4600 --cache $(RUNS)/training
+LEARN = --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --count $(COUNT) --cache $(RUNS)/training
+COUNT = $(if $(filter %-apar,$(MODEL)),1500,4600)
 OWN = --model-path $(MODEL) --method $(if $(filter %-apar,$(MODEL)),apar,vanilla) --resume
+# Those of the model that forks go on from those of the one that it was made from.
+START = $(if $(filter %-apar,$(MODEL)),--start configs/adapters/$(MODEL:-apar=)/$(1))
 
 train-medusa: install ## Medusa heads for an embedded model: PROMPTS=file AVOID="files" MODEL=smollm2-135m
-	$(BIN)/python -m training.medusa $(LEARN) $(OWN) --out $(ADAPTER)/medusa
+	$(BIN)/python -m training.medusa $(LEARN) $(OWN) $(call START,medusa) --out $(ADAPTER)/medusa
 
 train-ppd: install ## prompt tokens for an embedded model: PROMPTS=file AVOID="files" MODEL=smollm2-135m
-	$(BIN)/python -m training.ppd $(LEARN) $(OWN) --out $(ADAPTER)/ppd
+	$(BIN)/python -m training.ppd $(LEARN) $(OWN) $(call START,ppd) --out $(ADAPTER)/ppd
 
 train-apar: install ## teach the embedded model to fork: CHATS=file PROMPTS=file AVOID="files"
 	$(BIN)/python -m training.apar prepare --chats $(CHATS) $(LEARN) --out $(RUNS)/apar
 	$(BIN)/python -m training.apar --data $(RUNS)/apar --out $(ADAPTER)-apar --cache $(RUNS)/training --resume
+
+tune-apar: MODEL := smollm2-135m-apar
+tune-apar: install ## the second round: it learns from its own threads where a list ends; CHATS=file PROMPTS=file AVOID="files"
+	$(BIN)/python -m training.apar prepare --chats $(CHATS) $(LEARN) --model-path $(MODEL) --method apar --out $(RUNS)/own-apar
+	$(BIN)/python -m training.apar --data $(RUNS)/own-apar --start $(ADAPTER) --out $(ADAPTER) --cache $(RUNS)/own-apar \
+		--longest 768 --steps 160 --learning-rate 3e-4 --resume
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,11 +23,13 @@ from protocol.generation import ChatMessage
 from training.answers import Answer, answers_of
 from training.apar_data import Chat, Sample, read_chats, read_plain, read_trees, sorted_out, told_apart, write_data
 from training.loop import Schedule, train
+from training.own_threads import own_tree
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.pictures import bar_picture, loss_curve
 from training.precision import product_dtype
 from training.prompts import benchmarks_of, load_prompts
 from training.provenance import fingerprint, named, provenance
+from workers.decoding.registry import BASELINE
 from workers.forking import NAMES, ControlTokens
 from workers.model.checkpoint import Checkpoint, load_checkpoint
 from workers.model.devices import find_device
@@ -36,9 +38,10 @@ from workers.prompts import PromptRenderer
 
 logger = logging.getLogger(__name__)
 
-SHOWN = {"model_path", "full", "rank", "longest", "steps", "trees", "learning_rate", "seed"}
+SHOWN = {"model_path", "start", "full", "rank", "longest", "steps", "trees", "learning_rate", "seed"}
 
 SOURCES = "sources.json"  # of prepared data
+PROVENANCE = "provenance.json"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -51,10 +54,16 @@ class Trained(nn.Module):
         self.parameters_ = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
-def with_lora(model: PreTrainedModel, tokens: Sequence[int], rank: int) -> Any:
-    """``model`` with trainable LoRA on its decoder's linear layers, and trainable rows of ``tokens``."""
-    from peft import LoraConfig, get_peft_model
+def with_lora(model: PreTrainedModel, tokens: Sequence[int], rank: int, start: Path | None = None) -> Any:
+    """``model`` with trainable LoRA on its decoder's linear layers, and trainable rows of ``tokens``.
 
+    Args:
+        start: a folder with such an adapter, to go on from; it has its own rank.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if start:
+        return PeftModel.from_pretrained(model, str(start), is_trainable=True)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [name.rpartition(".")[2] for table in tables for name, module in model.named_modules() if module is table]
     tied = tables[0].weight is tables[1].weight
@@ -150,6 +159,7 @@ def main(
     data: Annotated[Path, typer.Option(help="folder with apar.json and unstructured.json, see prepare")] = Path("data"),
     out: Annotated[Path, typer.Option(help="folder for the adapter")] = Path("apar"),
     model_path: str = "smollm2-135m",
+    start: Annotated[Path | None, typer.Option(help="folder of an adapter that forks already, to go on from")] = None,
     full: Annotated[bool, typer.Option("--full", help="train all weights; the folder becomes a model")] = False,
     rank: Annotated[int, typer.Option(min=1, help="of LoRA")] = 16,
     longest: Annotated[int, typer.Option(help="tokens of a sample")] = 1024,
@@ -174,7 +184,8 @@ def main(
     plain = encoded(read_plain(data / "unstructured.json"), checkpoint, control, longest)
     if not forking:
         raise typer.BadParameter(f"{data / 'apar.json'}: no answer of at most {longest} tokens forks")
-    model: Any = checkpoint.model if full else with_lora(checkpoint.model, list(added.values()), rank)
+    model: Any = checkpoint.model if full else with_lora(checkpoint.model, list(added.values()), rank, start)
+    begun = json.loads((start / PROVENANCE).read_text()) if start and (start / PROVENANCE).is_file() else None
     learned = [Answer(checkpoint.name, longest, list(tree.prompt), tree.tokens, "") for tree in [*forking, *plain]]
     losses = train_forking(
         model,
@@ -196,7 +207,8 @@ def main(
     loss_curve(losses, out / "loss.png")
     origin = provenance("training.apar", options, data / "apar.json", learned)
     origin["data"] = json.loads((data / SOURCES).read_text()) if (data / SOURCES).is_file() else None
-    (out / "provenance.json").write_text(json.dumps(origin, indent=1))
+    origin["start"] = begun
+    (out / PROVENANCE).write_text(json.dumps(origin, indent=1))
 
 
 @app.command("prepare")
@@ -208,6 +220,7 @@ def prepare(
     model_path: str = "smollm2-135m",
     count: Annotated[int | None, typer.Option(help="prompts; by default all")] = None,
     new_tokens: Annotated[int, typer.Option(help="longest of the model's answers")] = 192,
+    method: Annotated[str, typer.Option(help="by which the model answers: apar for one that forks")] = BASELINE,
     cache: Annotated[Path, typer.Option(help="the model's answers")] = Path("runs/training"),
     seed: int = 0,
 ) -> None:
@@ -215,21 +228,26 @@ def prepare(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     benchmarks = benchmarks_of(avoid)
     found = [chat for path in chats or [] for chat in read_chats(path) if not benchmarks.holds(chat.prompt)]
+    trees: list[Sample | None] = []  # of what the model said in threads
     if prompts:
         chosen = load_prompts(prompts, benchmarks, count=count, seed=seed)
-        answers = answers_of(model_path, chosen, new_tokens, cache / "answers.jsonl")
-        found += [
-            Chat(f"own{number}", prompt, answer.text, cut=len(answer.answer) == new_tokens, own=True)
-            for number, (prompt, (answer,)) in enumerate(zip(chosen, answers, strict=True))
-        ]
+        answers = answers_of(model_path, chosen, new_tokens, cache / "answers.jsonl", method)
+        tokenizer = load_checkpoint(model_path, dtype=torch.bfloat16, device=torch.device("cpu")).tokenizer
+        for number, (prompt, threads) in enumerate(zip(chosen, answers, strict=True)):
+            if len(threads) > 1:
+                trees.append(own_tree(f"own{number}", prompt, threads, tokenizer))
+            else:
+                cut = len(threads[0].answer) == new_tokens
+                found.append(Chat(f"own{number}", prompt, threads[0].text, cut=cut, own=True))
     structured, unstructured = sorted_out(told_apart(found))
+    structured += [tree for tree in trees if tree]
     write_data(structured, unstructured, out)
     counts = Counter(len(sample.answer.details) for sample in structured)
     sizes = sorted(counts)
     bar_picture([0, *sizes], [len(unstructured), *(counts[size] for size in sizes)], "forks", out / "forks.png")
     told = {
         "files": [named(path) for path in [*(chats or []), *([prompts] if prompts else []), *(avoid or [])]],
-        "answers": {"all": len(found), "fork": len(structured), "must not": len(unstructured)},
+        "answers": {"all": len(found) + len(trees), "fork": len(structured), "must not": len(unstructured)},
     }
     (out / SOURCES).write_text(json.dumps(told, indent=1))
     logger.info("%d answers: %d fork, %d must not", len(found), len(structured), len(unstructured))

@@ -81,10 +81,14 @@ def before_repetition(text: str) -> str:
     for place in range(len(words) - GRAM + 1):
         gram = tuple(word.group() for word in words[place : place + GRAM])
         if gram in seen:
-            fresh = text[: words[place].start()]
-            return fresh[: max(fresh.rfind(". ") + 1, fresh.rfind("\n"), 0)].rstrip()
+            return whole_sentences(text[: words[place].start()])
         seen.add(gram)
     return text
+
+
+def whole_sentences(text: str) -> str:
+    """A text without the sentence or line in which it was cut."""
+    return text[: max(text.rfind(". ") + 1, text.rfind("\n"), 0)].rstrip()
 
 
 def is_repetitive(answer: Structured) -> bool:

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 from tests.support.families import tiny_model
 from tests.support.tiny import CHILD, FORK, forking_checkpoint, save_tiny
 from tests.support.tokenizers import byte_tokenizer
-from training.answers import AnswerFile
+from training.answers import Answer, AnswerFile
 from training.apar import app, tree_loss, with_lora
 from training.apar_data import Chat, Sample, is_repetitive, read_trees, sorted_out, write_data
+from training.own_threads import own_tree
 from training.paragraph_tree import ParagraphTree, packed, tree_of
 from training.structure import Structured, structure
 from workers.engine import Engine
@@ -102,6 +103,33 @@ def test_what_was_cut_does_not_end() -> None:
     assert cut_within.root[-1] == CONTROL.fork and cut_within.children[-1][-1] != end
 
 
+def threads_of(root: str, details: list[str], *, ended: bool = True) -> list[Answer]:
+    """A model's threads; ``root`` forks at each |."""
+    tokenizer, end = byte_tokenizer(added=["[Fork]", "[Child]"]), [2]
+    tokens: list[int] = []
+    starts = []
+    for piece in root.split("|"):
+        starts.append(len(tokens))
+        tokens += [*([CONTROL.fork] if tokens else []), *tokenizer.encode(piece, add_special_tokens=False)]
+    first = Answer("tiny", 99, [1, 9], tokens + end * ended, "")
+    children = [
+        Answer("tiny", 99, [1, 9, *tokens[: start + 1], CONTROL.child], tokenizer.encode(detail) + end, "")
+        for start, detail in zip(starts[1:], details, strict=False)
+    ]
+    return [first, *children]
+
+
+def test_an_own_list_ends_where_a_title_comes_back() -> None:
+    tokenizer = byte_tokenizer(added=["[Fork]", "[Child]"])
+    details = [" It is a star.", " It circles the earth.", " A star, and warm.", " A red planet."]
+    found = own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|\n3. Sun:|\n4. Mars:|", details), tokenizer)
+    assert found == Sample("7", "question", Structured(("1. Sun:", "\n2. Moon:", ""), tuple(details[:2])))
+    whole = own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|\nEnough.", details, ended=False), tokenizer)
+    assert whole
+    assert whole.answer == Structured(("1. Sun:", "\n2. Moon:", "\nEnough."), tuple(details[:2]), cut=True)
+    assert not own_tree("7", "question", threads_of("1. Sun:|\n2. Sun:|", details), tokenizer)
+
+
 def trees() -> list[ParagraphTree]:
     found = structure(LIST)
     assert found
@@ -151,17 +179,22 @@ def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
     options += ["--steps", 3, "--trees", 2]
     _run(*options, "--out", tmp_path / "apar")
     _run(*options, "--out", tmp_path / "again", "--resume")  # nothing is left to do
+    _run(*options, "--out", tmp_path / "further", "--start", tmp_path / "apar", "--cache", tmp_path / "other")
     refused = CliRunner().invoke(
         app, [str(one) for one in [*options, "--seed", 1, "--out", tmp_path / "x", "--resume"]]
     )
     assert "is of another training" in str(refused.exception)
-    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("apar", "again"))
+    first, again, further = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("apar", "again", "further")
+    )
     assert {tensor.dtype for tensor in first.values()} == {torch.float16}
     assert all(torch.equal(first[name], again[name]) for name in first)
+    assert first.keys() == further.keys() and not all(torch.equal(first[name], further[name]) for name in first)
     assert json.loads((tmp_path / "apar" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     assert not (tmp_path / "apar" / "README.md").exists()
     origin = json.loads((tmp_path / "apar" / "provenance.json").read_text())
     assert origin["data"]["answers"] == {"all": 3, "fork": 1, "must not": 1}
+    assert json.loads((tmp_path / "further" / "provenance.json").read_text())["start"] == origin
     with Engine.load(str(model), method="apar", adapters={"apar": tmp_path / "apar"}, kv_tokens=512) as engine:
         assert list(engine.generate("Hello", max_new_tokens=3))[-1].finish_reason
 
