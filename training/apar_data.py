@@ -133,14 +133,15 @@ def write_data(structured: Sequence[Sample], unstructured: Sequence[Sample], fol
 
 
 def _cut(sample: Sample) -> dict[str, bool]:
-    """A key of our own, which others do not read."""
+    """A key of our own, which others do not read, like a tree's loop."""
     return {"cut": True} if sample.answer.cut else {}
 
 
 def rows_of(sample: Sample) -> Iterator[dict[str, Any]]:
     """The published rows of a tree: its paths."""
     pieces, details = sample.answer.pieces, sample.answer.details
-    yield {"index": f"{sample.index}_main", "input": sample.prompt, "target": FORK.join(pieces), **_cut(sample)}
+    main = {"index": f"{sample.index}_main", "input": sample.prompt, "target": FORK.join(pieces), **_cut(sample)}
+    yield main | ({"loop": FORK.join(sample.answer.loop)} if sample.answer.loop else {})
     for child, detail in enumerate(details):
         target = FORK.join(pieces[: child + 1]) + FORK + CHILD + detail
         yield {"index": f"{sample.index}_{child}", "input": sample.prompt, "target": target}
@@ -171,7 +172,8 @@ def _tree(path: Path, index: str, row: Mapping[str, Any], details: Mapping[int, 
     if sorted(details) != list(range(len(pieces) - 1)):
         raise ValueError(f"{path}: {index} forks {len(pieces) - 1} times and has the paths {sorted(details)}")
     told = tuple(details[child] for child in sorted(details))
-    return Sample(index, row["input"], Structured(pieces, told, row.get("cut", False)))
+    loop = tuple(row["loop"].split(FORK)) if "loop" in row else ()
+    return Sample(index, row["input"], Structured(pieces, told, row.get("cut", False), loop))
 
 
 def read_plain(path: Path) -> list[Sample]:

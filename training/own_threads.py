@@ -1,7 +1,8 @@
 """What a model that forks has said itself, as what it is to learn: up to where it begins to repeat itself.
 
 A small model loops where it does not read what it said: in the titles of a list above all, since the first thread sees
-no item. Where a title comes back the list ends, and so the model learns to end it.
+no item. Where a title comes back the list ends, and so the model learns to end it. The loop itself is kept:
+that it should have ended there too is learned as well, since a model that is once in a loop stays in it.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,6 @@ from typing import Any
 from training.answers import Answer
 from training.apar_data import Sample, before_repetition, heading_of, is_repetitive, whole_sentences
 from training.structure import LEAST_DETAIL, Structured
-
-FEWEST = 2  # children: where a third title would be one of the first two, the list is to end
 
 
 def own_tree(index: str, prompt: str, threads: Sequence[Answer], tokenizer: Any) -> Sample | None:
@@ -38,9 +37,7 @@ def own_tree(index: str, prompt: str, threads: Sequence[Answer], tokenizer: Any)
         cut=root.answer[-1] != tokenizer.eos_token_id,
     )
     fresh = _before_a_title_comes_back(said)
-    if len(fresh.details) < FEWEST or is_repetitive(fresh):
-        return None
-    return Sample(index, prompt, fresh)
+    return Sample(index, prompt, fresh) if fresh.details and not is_repetitive(fresh) else None
 
 
 def _before_a_title_comes_back(answer: Structured) -> Structured:
@@ -49,6 +46,8 @@ def _before_a_title_comes_back(answer: Structured) -> Structured:
     for place, (piece, detail) in enumerate(zip(answer.pieces, answer.details, strict=False)):
         title = heading_of(piece)
         if title in titles or len(detail) < LEAST_DETAIL:
-            return replace(answer, pieces=(*answer.pieces[:place], ""), details=answer.details[:place], cut=False)
+            loop = answer.pieces[place:-1] if title in titles else ()
+            pieces, details = (*answer.pieces[:place], ""), answer.details[:place]
+            return replace(answer, pieces=pieces, details=details, cut=False, loop=loop)
         titles.add(title)
     return answer

@@ -27,15 +27,22 @@ class ParagraphTree:
         prompt: token ids.
         root: the first thread's own tokens, [Fork] and EOS included.
         children: for each [Fork] of the root, in order, the child's tokens: [Child], its text, EOS.
+        loop: what a model said instead of the root's EOS; behind each [Fork] of it EOS is to be learned, and no more.
     """
 
     prompt: Sequence[int]
     root: Sequence[int]
     children: Sequence[Sequence[int]]
     control: ControlTokens | None
+    loop: Sequence[int] = ()
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.root) + sum(map(len, self.children))
+        return len(self.said) + sum(map(len, self.children))
+
+    @property
+    def said(self) -> list[int]:
+        """The prompt and what the first thread said behind it, the loop instead of the end."""
+        return [*self.prompt, *self.root[:-1], *self.loop] if self.loop else [*self.prompt, *self.root]
 
     @property
     def tokens(self) -> list[int]:
@@ -80,7 +87,8 @@ def tree_of(prompt: Sequence[int], answer: Structured, tokenizer: Any, control: 
         root += end
     elif children and not answer.pieces[-1].strip():  # it was cut in the last child's words
         children[-1].pop()
-    return ParagraphTree(prompt, root, children, control)
+    loop = [token for piece in answer.loop for token in (*encoded(piece), control.fork)]
+    return ParagraphTree(prompt, root, children, control, loop)
 
 
 @dataclass(frozen=True)
@@ -108,9 +116,12 @@ def packed(trees: Sequence[ParagraphTree]) -> Packed:
 
 
 def _packed(tree: ParagraphTree) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    first = [*tree.prompt, *tree.root]
+    first = tree.said
     ids, positions = list(first), list(range(len(first)))
     labels = [*[NOTHING] * (len(tree.prompt) - 1), *tree.root, NOTHING]
+    if tree.loop:
+        fork, end = (tree.control.fork if tree.control else None), tree.root[-1]
+        labels[-1:] = [end if token == fork else NOTHING for token in tree.loop]
     mask = torch.zeros(len(tree), len(tree), dtype=torch.bool)
     mask[: len(first), : len(first)] = torch.ones(len(first), len(first)).tril()
     for fork, child in zip(tree.forks, tree.children, strict=True):

@@ -71,7 +71,7 @@ pieces = st.lists(st.text(alphabet="ab \n", min_size=1, max_size=9), min_size=1,
 @given(pieces, st.data())
 def test_published_files_are_read_as_they_were_written(texts: list[str], data: st.DataObject) -> None:
     details = data.draw(st.lists(st.text(min_size=1, max_size=9), min_size=len(texts) - 1, max_size=len(texts) - 1))
-    sample = Sample("7", "question", Structured(tuple(texts), tuple(details)))
+    sample = Sample("7", "question", Structured(tuple(texts), tuple(details), loop=("again", "")[: len(texts) - 1]))
     with tempfile.TemporaryDirectory() as folder:
         write_data([sample], [], Path(folder))
         assert read_trees(Path(folder) / "apar.json") == [sample]
@@ -123,11 +123,19 @@ def test_an_own_list_ends_where_a_title_comes_back() -> None:
     tokenizer = byte_tokenizer(added=["[Fork]", "[Child]"])
     details = [" It is a star.", " It circles the earth.", " A star, and warm.", " A red planet."]
     found = own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|\n3. Sun:|\n4. Mars:|", details), tokenizer)
-    assert found == Sample("7", "question", Structured(("1. Sun:", "\n2. Moon:", ""), tuple(details[:2])))
+    ended = Structured(("1. Sun:", "\n2. Moon:", ""), tuple(details[:2]), loop=("\n3. Sun:", "\n4. Mars:"))
+    assert found == Sample("7", "question", ended)
+    tree = tree_of([1], ended, tokenizer, CONTROL)
+    batch = packed([tree])
+    ends = [place for place, token in enumerate(tree.said) if token == CONTROL.fork][1:]
+    assert (batch.labels == 2).nonzero()[:, 0].tolist()[:3] == ends  # behind the second title, and twice in the loop
+    learned = batch.labels[len(tree.prompt) + len(tree.root) - 1 : len(tree.said)]
+    assert (learned >= 0).sum() == 2  # nothing else of the loop
+    assert batch.mask[0, 0, len(tree.said) :, len(tree.prompt) + len(tree.root) - 1 : len(tree.said)].sum() == 0
     whole = own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|\nEnough.", details, ended=False), tokenizer)
     assert whole
     assert whole.answer == Structured(("1. Sun:", "\n2. Moon:", "\nEnough."), tuple(details[:2]), cut=True)
-    assert not own_tree("7", "question", threads_of("1. Sun:|\n2. Sun:|", details), tokenizer)
+    assert not own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|", ["", ""]), tokenizer)
 
 
 def trees() -> list[ParagraphTree]:
