@@ -12,7 +12,7 @@ from typing import Any
 
 from training.answers import Answer
 from training.apar_data import Sample, before_repetition, heading_of, is_repetitive, whole_sentences
-from training.structure import LEAST_DETAIL, Structured
+from training.structure import FEWEST, LEAST_DETAIL, Structured
 
 
 def own_tree(index: str, prompt: str, threads: Sequence[Answer], tokenizer: Any) -> Sample | None:
@@ -41,13 +41,13 @@ def own_tree(index: str, prompt: str, threads: Sequence[Answer], tokenizer: Any)
 
 
 def _before_a_title_comes_back(answer: Structured) -> Structured:
-    """Also before the first item of which next to nothing was said."""
+    """Also before the first item of which next to nothing was said. What is too short for a list has no end there."""
     titles: set[str] = set()
     for place, (piece, detail) in enumerate(zip(answer.pieces, answer.details, strict=False)):
         title = heading_of(piece)
         if title in titles or len(detail) < LEAST_DETAIL:
             loop = answer.pieces[place:-1] if title in titles else ()
             pieces, details = (*answer.pieces[:place], ""), answer.details[:place]
-            return replace(answer, pieces=pieces, details=details, cut=False, loop=loop)
+            return replace(answer, pieces=pieces, details=details, cut=place < FEWEST, loop=loop)
         titles.add(title)
     return answer

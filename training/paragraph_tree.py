@@ -27,7 +27,9 @@ class ParagraphTree:
         prompt: token ids.
         root: the first thread's own tokens, [Fork] and EOS included.
         children: for each [Fork] of the root, in order, the child's tokens: [Child], its text, EOS.
-        loop: what a model said instead of the root's EOS; behind each [Fork] of it EOS is to be learned, and no more.
+        loop: what a model said behind the root, instead of its EOS; behind each [Fork] of it ``end`` is to be learned,
+            and no more.
+        end: EOS.
     """
 
     prompt: Sequence[int]
@@ -35,6 +37,7 @@ class ParagraphTree:
     children: Sequence[Sequence[int]]
     control: ControlTokens | None
     loop: Sequence[int] = ()
+    end: int | None = None
 
     def __len__(self) -> int:
         return len(self.said) + sum(map(len, self.children))
@@ -42,7 +45,8 @@ class ParagraphTree:
     @property
     def said(self) -> list[int]:
         """The prompt and what the first thread said behind it, the loop instead of the end."""
-        return [*self.prompt, *self.root[:-1], *self.loop] if self.loop else [*self.prompt, *self.root]
+        ended = self.loop and self.root[-1] == self.end
+        return [*self.prompt, *(self.root[:-1] if ended else self.root), *self.loop]
 
     @property
     def tokens(self) -> list[int]:
@@ -85,10 +89,10 @@ def tree_of(prompt: Sequence[int], answer: Structured, tokenizer: Any, control: 
     children = [[control.child, *encoded(detail), *end] for detail in answer.details]
     if not answer.cut:
         root += end
-    elif children and not answer.pieces[-1].strip():  # it was cut in the last child's words
+    elif children and not answer.loop and not answer.pieces[-1].strip():  # it was cut in the last child's words
         children[-1].pop()
     loop = [token for piece in answer.loop for token in (*encoded(piece), control.fork)]
-    return ParagraphTree(prompt, root, children, control, loop)
+    return ParagraphTree(prompt, root, children, control, loop, *end)
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,10 @@ def packed(trees: Sequence[ParagraphTree]) -> Packed:
 def _packed(tree: ParagraphTree) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     first = tree.said
     ids, positions = list(first), list(range(len(first)))
-    labels = [*[NOTHING] * (len(tree.prompt) - 1), *tree.root, NOTHING]
-    if tree.loop:
-        fork, end = (tree.control.fork if tree.control else None), tree.root[-1]
-        labels[-1:] = [end if token == fork else NOTHING for token in tree.loop]
+    fork = tree.control.fork if tree.control else None
+    labels = [*[NOTHING] * (len(tree.prompt) - 1), *tree.root]
+    labels += [NOTHING] * (len(first) - len(tree.loop) - len(labels))  # where the root has no end
+    labels += [tree.end if token == fork and tree.end is not None else NOTHING for token in tree.loop]
     mask = torch.zeros(len(tree), len(tree), dtype=torch.bool)
     mask[: len(first), : len(first)] = torch.ones(len(first), len(first)).tril()
     for fork, child in zip(tree.forks, tree.children, strict=True):

@@ -31,7 +31,7 @@ class Structured:
         pieces: n + 1 texts of the first thread; it forks behind each but the last.
         details: n texts, one of each child.
         cut: whether the answer was cut: what is said last has no end.
-        loop: pieces that a model said behind these, each once more; it should have ended behind every fork of them.
+        loop: pieces that a model said behind these, each once more; it should have ended behind each of them.
     """
 
     pieces: tuple[str, ...]

@@ -121,21 +121,29 @@ def threads_of(root: str, details: list[str], *, ended: bool = True) -> list[Ans
 
 def test_an_own_list_ends_where_a_title_comes_back() -> None:
     tokenizer = byte_tokenizer(added=["[Fork]", "[Child]"])
-    details = [" It is a star.", " It circles the earth.", " A star, and warm.", " A red planet."]
-    found = own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|\n3. Sun:|\n4. Mars:|", details), tokenizer)
-    ended = Structured(("1. Sun:", "\n2. Moon:", ""), tuple(details[:2]), loop=("\n3. Sun:", "\n4. Mars:"))
+    details = [" It is a star.", " It circles the earth.", " A red planet.", " A star, and warm.", " Red."]
+    root = "1. Sun:|\n2. Moon:|\n3. Mars:|\n4. Sun:|\n5. Mars:|"
+    found = own_tree("7", "question", threads_of(root, details), tokenizer)
+    loop = ("\n4. Sun:", "\n5. Mars:")
+    ended = Structured(("1. Sun:", "\n2. Moon:", "\n3. Mars:", ""), tuple(details[:3]), loop=loop)
     assert found == Sample("7", "question", ended)
-    tree = tree_of([1], ended, tokenizer, CONTROL)
-    batch = packed([tree])
-    ends = [place for place, token in enumerate(tree.said) if token == CONTROL.fork][1:]
-    assert (batch.labels == 2).nonzero()[:, 0].tolist()[:3] == ends  # behind the second title, and twice in the loop
-    learned = batch.labels[len(tree.prompt) + len(tree.root) - 1 : len(tree.said)]
-    assert (learned >= 0).sum() == 2  # nothing else of the loop
-    assert batch.mask[0, 0, len(tree.said) :, len(tree.prompt) + len(tree.root) - 1 : len(tree.said)].sum() == 0
     whole = own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|\nEnough.", details, ended=False), tokenizer)
     assert whole
     assert whole.answer == Structured(("1. Sun:", "\n2. Moon:", "\nEnough."), tuple(details[:2]), cut=True)
     assert not own_tree("7", "question", threads_of("1. Sun:|\n2. Moon:|", ["", ""]), tokenizer)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_of_a_loop_only_its_ends_are_learned(cut: bool) -> None:
+    """And that of the list before it, unless it was too short to be one."""
+    answer = Structured(("1. Sun:", "\n2. Moon:", ""), (" A star.", " A moon."), cut, ("\n3. Sun:", "\n4. Sun:"))
+    tree = tree_of([1], answer, byte_tokenizer(added=["[Fork]", "[Child]"]), CONTROL)
+    batch, rows = packed([tree]), len(tree.said)
+    forks = [place for place, token in enumerate(tree.said) if token == CONTROL.fork]
+    ends = (batch.labels[:rows] == 2).nonzero()[:, 0].tolist()
+    assert ends == forks[2 if cut else 1 :]
+    assert (batch.labels[forks[1] + 1 : rows] >= 0).sum() == 2
+    assert batch.mask[0, 0, rows:, forks[1] + 1 : rows].sum() == 0  # no child sees it
 
 
 def trees() -> list[ParagraphTree]:
