@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ SHOWN = {"model_path", "start", "full", "rank", "longest", "steps", "trees", "le
 
 SOURCES = "sources.json"  # of prepared data
 PROVENANCE = "provenance.json"
+WEIGHTS = "adapter_model.safetensors"  # as PEFT names it
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -251,6 +253,29 @@ def prepare(
     }
     (out / SOURCES).write_text(json.dumps(told, indent=1))
     logger.info("%d answers: %d fork, %d must not", len(found), len(structured), len(unstructured))
+
+
+@app.command("average")
+def average(
+    one: Annotated[Path, typer.Argument(help="folder of an adapter")],
+    other: Annotated[Path, typer.Argument(help="of one that went on from it")],
+    out: Annotated[Path, typer.Option(help="folder for their average")],
+    share: Annotated[float, typer.Option(min=0, max=1, help="of the other")] = 0.5,
+) -> None:
+    """Average the weights of two adapters of one training: between what either does (Wortsman et al. 2022)."""
+    tensors, others = (load_file(folder / WEIGHTS) for folder in (one, other))
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: each.shape for name, each in others.items()}:
+        raise typer.BadParameter(f"{one} and {other} are not adapters of the same shape")
+    origin = {
+        "command": f"python -m training.apar average --share {share}",
+        "of": [json.loads((folder / PROVENANCE).read_text()) for folder in (one, other)],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", ADDED_TOKENS):
+        (out / name).write_bytes((one / name).read_bytes())
+    averaged = {name: tensor.float().lerp(others[name].float(), share).half() for name, tensor in tensors.items()}
+    save_file(averaged, out / WEIGHTS, metadata={"format": "pt"})
+    (out / PROVENANCE).write_text(json.dumps(origin, indent=1))
 
 
 if __name__ == "__main__":

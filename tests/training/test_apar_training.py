@@ -208,6 +208,9 @@ def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
     assert first.keys() == further.keys() and not all(torch.equal(first[name], further[name]) for name in first)
     assert json.loads((tmp_path / "apar" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
     assert not (tmp_path / "apar" / "README.md").exists()
+    _run("average", tmp_path / "apar", tmp_path / "further", "--share", 0.25, "--out", tmp_path / "between")
+    between = load_file(tmp_path / "between" / "adapter_model.safetensors")
+    assert all(torch.allclose(between[name], first[name].lerp(further[name], 0.25), atol=1e-3) for name in first)
     origin = json.loads((tmp_path / "apar" / "provenance.json").read_text())
     assert origin["data"]["answers"] == {"all": 3, "fork": 1, "must not": 1}
     assert json.loads((tmp_path / "further" / "provenance.json").read_text())["start"] == origin
