@@ -58,26 +58,28 @@ bench: install ## vanilla beside transformers' generate, and 8 streams beside on
 MODEL ?= smollm2-135m
 ADAPTER = configs/adapters/$(MODEL)
 LEARN = --prompts $(PROMPTS) $(foreach file,$(AVOID),--avoid $(file)) --count $(COUNT) --cache $(RUNS)/training
-COUNT = $(if $(filter %-apar,$(MODEL)),1500,4600)
+COUNT = $(if $(filter %-apar,$(MODEL)),1000,4600)
 OWN = --model-path $(MODEL) --method $(if $(filter %-apar,$(MODEL)),apar,vanilla) --resume
-# Those of the model that forks go on from those of the one that it was made from.
+# What the model that forks needs goes on from what the model has that it was made from.
 START = $(if $(filter %-apar,$(MODEL)),--start configs/adapters/$(MODEL:-apar=)/$(1))
 
 train-medusa: install ## Medusa heads for an embedded model: PROMPTS=file AVOID="files" MODEL=smollm2-135m
-	$(BIN)/python -m training.medusa $(LEARN) $(OWN) $(call START,medusa) --out $(ADAPTER)/medusa
+	$(BIN)/python -m training.medusa $(LEARN) $(OWN) $(call START,medusa --epochs 3 --learning-rate 1e-3) --out $(ADAPTER)/medusa
 
 train-ppd: install ## prompt tokens for an embedded model: PROMPTS=file AVOID="files" MODEL=smollm2-135m
-	$(BIN)/python -m training.ppd $(LEARN) $(OWN) $(call START,ppd) --out $(ADAPTER)/ppd
+	$(BIN)/python -m training.ppd $(LEARN) $(OWN) $(call START,ppd --steps 300 --learning-rate 0.01) --out $(ADAPTER)/ppd
 
 train-apar: install ## teach the embedded model to fork: CHATS=file PROMPTS=file AVOID="files"
 	$(BIN)/python -m training.apar prepare --chats $(CHATS) $(LEARN) --out $(RUNS)/apar
 	$(BIN)/python -m training.apar --data $(RUNS)/apar --out $(ADAPTER)-apar --cache $(RUNS)/training --resume
 
 tune-apar: MODEL := smollm2-135m-apar
+tune-apar: COUNT := 1500
 tune-apar: install ## the second round: it learns from its own threads where a list ends; CHATS=file PROMPTS=file AVOID="files"
 	$(BIN)/python -m training.apar prepare --chats $(CHATS) $(LEARN) --model-path $(MODEL) --method apar --out $(RUNS)/own-apar
-	$(BIN)/python -m training.apar --data $(RUNS)/own-apar --start $(ADAPTER) --out $(ADAPTER) --cache $(RUNS)/own-apar \
+	$(BIN)/python -m training.apar --data $(RUNS)/own-apar --start $(ADAPTER) --out $(RUNS)/tuned-apar --cache $(RUNS)/own-apar \
 		--longest 768 --steps 160 --learning-rate 3e-4 --resume
+	$(BIN)/python -m training.apar average $(ADAPTER) $(RUNS)/tuned-apar --share 0.3 --out $(ADAPTER)
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
