@@ -67,7 +67,7 @@ train-medusa: install ## Medusa heads for an embedded model: PROMPTS=file AVOID=
 	$(BIN)/python -m training.medusa $(LEARN) $(OWN) $(call START,medusa --epochs 3 --learning-rate 1e-3) --out $(ADAPTER)/medusa
 
 train-ppd: install ## prompt tokens for an embedded model: PROMPTS=file AVOID="files" MODEL=smollm2-135m
-	$(BIN)/python -m training.ppd $(LEARN) $(OWN) $(call START,ppd --steps 300 --learning-rate 0.01) --out $(ADAPTER)/ppd
+	$(BIN)/python -m training.ppd $(LEARN) $(OWN) $(call START,ppd --steps 250 --learning-rate 0.01) --out $(ADAPTER)/ppd
 
 train-apar: install ## teach the embedded model to fork: CHATS=file PROMPTS=file AVOID="files"
 	$(BIN)/python -m training.apar prepare --chats $(CHATS) $(LEARN) --out $(RUNS)/apar

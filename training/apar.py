@@ -88,6 +88,12 @@ def save_adapter(model: Any, folder: Path, base: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's blank form
 
 
+def origin_of(adapter: Path) -> Any:
+    """What the provenance file in a folder says; None where there is none."""
+    path = adapter / PROVENANCE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def train_forking(
     model: Any,
     forking: Sequence[ParagraphTree],
@@ -177,6 +183,8 @@ def main(
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = {name: value for name, value in locals().items() if name in SHOWN}
+    if full and start:
+        raise typer.BadParameter("--full trains all weights, --start goes on from an adapter: give one of them")
     device = find_device(None)
     dtype = torch.float32 if full else product_dtype(device)
     checkpoint = load_checkpoint(model_path, dtype=dtype, device=device)
@@ -187,7 +195,7 @@ def main(
     if not forking:
         raise typer.BadParameter(f"{data / 'apar.json'}: no answer of at most {longest} tokens forks")
     model: Any = checkpoint.model if full else with_lora(checkpoint.model, list(added.values()), rank, start)
-    begun = json.loads((start / PROVENANCE).read_text()) if start and (start / PROVENANCE).is_file() else None
+    begun = origin_of(start) if start else None
     learned = [Answer(checkpoint.name, longest, list(tree.prompt), tree.tokens, "") for tree in [*forking, *plain]]
     losses = train_forking(
         model,
@@ -268,7 +276,7 @@ def average(
         raise typer.BadParameter(f"{one} and {other} are not adapters of the same shape")
     origin = {
         "command": f"python -m training.apar average --share {share}",
-        "of": [json.loads((folder / PROVENANCE).read_text()) for folder in (one, other)],
+        "of": [origin_of(one), origin_of(other)],
     }
     out.mkdir(parents=True, exist_ok=True)
     for name in ("adapter_config.json", ADDED_TOKENS):

@@ -50,8 +50,8 @@ class ParagraphTree:
 
     @property
     def tokens(self) -> list[int]:
-        """All threads' own tokens."""
-        return [*self.root, *chain.from_iterable(self.children)]
+        """All threads' own tokens, the loop's last."""
+        return [*self.root, *chain.from_iterable(self.children), *self.loop]
 
     @property
     def forks(self) -> list[int]:

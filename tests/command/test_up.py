@@ -23,7 +23,7 @@ def test_the_demo_is_packaged_and_complete() -> None:
     offered = {worker.model: worker.methods for worker in demo.workers}
     assert offered == {
         "smollm2-135m": ["vanilla", "ngram", "lookahead", "medusa", "ppd"],
-        "smollm2-135m-apar": ["apar", "apar+medusa", "apar+ngram"],
+        "smollm2-135m-apar": ["apar", "apar+medusa", "apar+ppd", "apar+ngram"],
     }
 
 

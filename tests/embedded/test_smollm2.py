@@ -64,7 +64,7 @@ def test_methods_answer_what_vanilla_answers(engine: Engine, tmp_path: Path, sam
 
 def test_it_learned_to_fork() -> None:
     """Threads say what plain decoding of their paths says, whatever drafts in them."""
-    methods = ["apar", "apar+ngram", "apar+lookahead", "apar+medusa"]
+    methods = ["apar", "apar+ngram", "apar+lookahead", "apar+medusa", "apar+ppd"]
     question = [{"role": "user", "content": "Give me five tips for a good sleep."}]
     with Engine.load("smollm2-135m-apar", method=methods, kv_tokens=4096) as engine:
         told = {}
