@@ -1,7 +1,5 @@
 """What prompt tokens guess at every place of known answers, computed once and kept in a file: for replays."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from training.answers import Answer
+from training.digest import answers_digest, model_digest, short_digest
 from training.prompt_rows import prompt_states, read_texts
 from workers.decoding.ppd import WIDTH
 from workers.decoding.prompt_tokens import PromptTokens
@@ -53,8 +52,5 @@ def _guesses(model: PreTrainedModel, tokens: PromptTokens, answer: Answer) -> Fo
 
 
 def _digest(model: PreTrainedModel, tokens: PromptTokens, answers: Sequence[Answer]) -> str:
-    digest = hashlib.sha256(f"{model.config.name_or_path} {model.dtype} {tokens.attention}".encode())
-    digest.update(tokens.embeddings.detach().float().cpu().numpy().tobytes())
-    for answer in answers:
-        digest.update(json.dumps([answer.prompt, answer.answer]).encode())
-    return digest.hexdigest()[:16]
+    embeddings = tokens.embeddings.detach().float().cpu().numpy().tobytes().hex()
+    return short_digest(model_digest(model), tokens.attention, embeddings, answers_digest(answers))

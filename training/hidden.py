@@ -1,7 +1,5 @@
 """Last hidden states of answered prompts, computed once and kept in a file: heads are trained from there."""
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from training.answers import Answer
+from training.digest import answers_digest, model_digest, short_digest
 from training.precision import fast_products, has_fast_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def hidden_states(
     chosen = np.concatenate([np.array(answer.answer, dtype=np.int32) for answer in answers])
     following = np.concatenate([_following(answer.answer, ahead) for answer in answers])
     numbers = np.repeat(np.arange(len(answers), dtype=np.int32), sizes)
-    path = folder / f"hidden-{_digest(model, answers, fast)}.npy"
+    path = folder / f"hidden-{short_digest(model_digest(model), answers_digest(answers), fast)}.npy"
     if not path.is_file():
         _compute(model, answers, sum(sizes), path, fast)
     return HiddenStates(np.load(path, mmap_mode="r"), chosen, following, numbers)
@@ -109,13 +108,3 @@ def _following(answer: Sequence[int], ahead: int) -> np.ndarray:
     places = np.arange(len(answer))[:, None] + np.arange(1, 1 + ahead)
     following: np.ndarray = padded[places]
     return following
-
-
-def _digest(model: PreTrainedModel, answers: Sequence[Answer], fast: bool) -> str:
-    """Of the model's weights (a few of them) and the paths."""
-    digest = hashlib.sha256(f"{model.dtype} {fast}".encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
-    for answer in answers:
-        digest.update(json.dumps([answer.prompt, answer.answer]).encode())
-    return digest.hexdigest()[:16]

@@ -1,7 +1,6 @@
 """Where trained weights came from."""
 
 import hashlib
-import json
 import platform
 import shlex
 import sys
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 from training.answers import Answer
+from training.digest import answers_digest, short_digest
 
 
 def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned: Sequence[Answer]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
         "answers": {
             "count": len(learned),
             "tokens": sum(len(answer.answer) for answer in learned),
-            "sha256": _digest(learned),
+            "sha256": answers_digest(learned),
         },
         "versions": {
             "python": platform.python_version(),
@@ -45,14 +45,7 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
 
 def fingerprint(options: Mapping[str, Any], learned: Sequence[Answer]) -> str:
     """Equal for two trainings that would see and do the same."""
-    return hashlib.sha256(" ".join([*_words(options), _digest(learned)]).encode()).hexdigest()[:16]
-
-
-def _digest(learned: Sequence[Answer]) -> str:
-    digest = hashlib.sha256()
-    for answer in learned:
-        digest.update(json.dumps([answer.prompt, answer.answer]).encode())
-    return digest.hexdigest()
+    return short_digest(*_words(options), answers_digest(learned))
 
 
 def named(file: Path) -> dict[str, str]:
