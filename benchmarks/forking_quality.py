@@ -29,6 +29,7 @@ from workers.prompts import PromptRenderer
 from workers.warm_up import WarmUp
 
 PRINTED = 10  # answers in full
+SHOWN = 60  # letters of a question in the table
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,25 @@ def _table(judged: Sequence[tuple[Judged, Judged]]) -> Iterator[str]:
         yield f"| {column[0].whose} | {count} | {counts} |"
 
 
+def _answers_table(judged: Sequence[tuple[Judged, Judged]]) -> Iterator[str]:
+    """A line a question; of each pair of columns the second is the base model's."""
+    yield "| question | log-likelihood a token | base | tokens | base | repetition | base | headings twice | base |"
+    yield "|---|" + "---:|" * 8
+    for pair in judged:
+        question = " ".join(pair[0].question.split())[:SHOWN].replace("|", "\\|")
+        likelihood = " | ".join(f"{one.likelihood:.3f}" for one in pair)
+        tokens = " | ".join(str(one.tokens) for one in pair)
+        repeated = " | ".join(f"{one.repetition:.1%}" for one in pair)
+        headings = " | ".join(str(one.headings) for one in pair)
+        yield f"| {question} | {likelihood} | {tokens} | {repeated} | {headings} |"
+
+
 def _lines(judged: Sequence[tuple[Judged, Judged]]) -> Iterator[str]:
     yield "# Answers of threads beside the base model's own\n"
     yield from _table(judged)
     yield "\nRepetition: the share of sequences of six words that have occurred before in the same answer."
+    yield "\n## Each answer, and the base model's own\n"
+    yield from _answers_table(judged)
     for mine, _ in judged[:: max(1, len(judged) // PRINTED)][:PRINTED]:
         yield f"\n## {' '.join(mine.question.split())}\n\n{mine.text}"
 
