@@ -29,7 +29,7 @@ from workers.prompts import PromptRenderer
 from workers.warm_up import WarmUp
 
 PRINTED = 10  # answers in full
-SHOWN = 60  # letters of a question in the table
+LETTERS = 60  # of a question in the table
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _answers_table(judged: Sequence[tuple[Judged, Judged]]) -> Iterator[str]:
     yield "| question | log-likelihood a token | base | tokens | base | repetition | base | headings twice | base |"
     yield "|---|" + "---:|" * 8
     for pair in judged:
-        question = " ".join(pair[0].question.split())[:SHOWN].replace("|", "\\|")
+        question = " ".join(pair[0].question.split())[:LETTERS].replace("|", "\\|")
         likelihood = " | ".join(f"{one.likelihood:.3f}" for one in pair)
         tokens = " | ".join(str(one.tokens) for one in pair)
         repeated = " | ".join(f"{one.repetition:.1%}" for one in pair)

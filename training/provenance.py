@@ -21,12 +21,13 @@ def provenance(command: str, options: Mapping[str, Any], prompts: Path, learned:
 
     Args:
         command: the trainer's module.
-        options: its settings by name.
+        options: its settings by name; of absolute paths only the last name is told, not where it lay.
         prompts: the file of prompts.
         learned: the answers that it learned from.
     """
+    told = {name: _without_folders(value) for name, value in options.items()}
     return {
-        "command": " ".join([f"python -m {command}", *_words(options)]),
+        "command": " ".join([f"python -m {command}", *_words(told)]),
         "prompts": named(prompts),
         "answers": {
             "count": len(learned),
@@ -51,6 +52,10 @@ def fingerprint(options: Mapping[str, Any], learned: Sequence[Answer]) -> str:
 def named(file: Path) -> dict[str, str]:
     """A file's name and digest."""
     return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def _without_folders(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str | Path) and Path(value).is_absolute() else value
 
 
 def _words(options: Mapping[str, Any]) -> Iterator[str]:

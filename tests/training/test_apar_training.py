@@ -213,7 +213,9 @@ def test_the_commands_make_an_adapter_that_is_served(tmp_path: Path) -> None:
     assert all(torch.allclose(between[name], first[name].lerp(further[name], 0.25), atol=1e-3) for name in first)
     origin = json.loads((tmp_path / "apar" / "provenance.json").read_text())
     assert origin["data"]["answers"] == {"all": 3, "fork": 1, "must not": 1}
-    assert json.loads((tmp_path / "further" / "provenance.json").read_text())["start"] == origin
+    further_origin = json.loads((tmp_path / "further" / "provenance.json").read_text())
+    assert further_origin["start"] == origin
+    assert "--start apar " in further_origin["command"] and str(tmp_path) not in json.dumps(further_origin)
     with Engine.load(str(model), method="apar", adapters={"apar": tmp_path / "apar"}, kv_tokens=512) as engine:
         assert list(engine.generate("Hello", max_new_tokens=3))[-1].finish_reason
 
