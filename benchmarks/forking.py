@@ -26,6 +26,7 @@ from workers.warm_up import WarmUp
 ONE_THREAD = "one thread"
 TOGETHER = 8  # requests, where no clock runs
 KV_TOKENS = 32768
+MANY_THREADS = 30  # an answer that has more loops: its titles come back
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,28 @@ def table(answers: Sequence[Answered], methods: Sequence[str]) -> Iterator[str]:
     """A line a category: how many fork; for each method tokens a step, over all and where it forks; KV; speeds.
 
     Speeds, where all was answered alone: times of one thread at a time over the method's, and tokens a second over
-    those of vanilla decoding.
+    those of vanilla decoding. A last line leaves out the questions to which an answer loops, where there are any.
     """
     columns = [column for name in methods for column in (name, "where it forks")] + ["KV peak where it forks"]
     if timed := any(answer.setting == BASELINE for answer in answers):
         columns += [f"{name} {beside}" for name in methods for beside in ("/ one thread", "/ vanilla")]
     yield f"| data set | category | questions | fork | {' | '.join(columns)} |"
     yield "|---|---|---:|---:|" + "---:|" * len(columns)
-    for category in [*dict.fromkeys(answer.category for answer in answers), None]:
-        mine = [answer for answer in answers if category in (answer.category, None)]
+    for name, mine in _groups(answers):
         questions = {answer.question for answer in mine}
         forked = {answer.question for answer in mine if answer.setting == methods[0] and answer.threads > 1}
         cells = [*_counts(mine, methods, forked), *(_speeds(mine, methods) if timed else [])]
-        name = category or "**all**"
         yield f"| {mine[0].dataset} | {name} | {len(questions)} | {len(forked)} | {' | '.join(cells)} |"
+
+
+def _groups(answers: Sequence[Answered]) -> Iterator[tuple[str, Sequence[Answered]]]:
+    for category in dict.fromkeys(answer.category for answer in answers):
+        yield category, [answer for answer in answers if answer.category == category]
+    yield "**all**", answers
+    looping = {answer.question for answer in answers if answer.threads > MANY_THREADS}
+    rest = [answer for answer in answers if answer.question not in looping]
+    if looping and rest:
+        yield f"**at most {MANY_THREADS} threads**", rest
 
 
 def equalities(answers: Sequence[Answered], methods: Sequence[str]) -> Iterator[str]:
